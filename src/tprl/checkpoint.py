@@ -1,0 +1,86 @@
+"""Checkpoints: one safetensors file each, written whole or not at all, with a checksum that says if it is whole."""
+
+import hashlib
+import json
+import os
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+
+class DamagedCheckpoint(RuntimeError):
+    """A checkpoint file that is truncated or altered."""
+
+
+def save_checkpoint(path: Path, tensors: dict[str, Tensor], meta: dict[str, Any]) -> None:
+    """Write ``tensors`` and the JSON-able ``meta`` to ``path``: to a temporary name first, then renamed.
+
+    Raises:
+        OSError: the disk is full or the folder is not writable; what stood at ``path`` is left untouched.
+    """
+    tensors = {name: tensor.detach().to("cpu").contiguous() for name, tensor in tensors.items()}
+    metadata = {"meta": json.dumps(meta), "sha256": _digest(tensors)}
+    partial = path.with_name(path.name + ".partial")
+    try:
+        save_file(tensors, partial, metadata=metadata)
+        with partial.open("rb") as file:
+            os.fsync(file.fileno())
+        partial.replace(path)
+    except (OSError, SafetensorError) as error:
+        partial.unlink(missing_ok=True)
+        raise OSError(f"could not save the checkpoint {path}: {error}") from error
+
+
+def load_checkpoint(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """The tensors and the meta of a checkpoint.
+
+    Raises:
+        DamagedCheckpoint: the file is not readable as safetensors or its checksum does not match.
+    """
+    try:
+        with safe_open(path, "pt") as file:
+            metadata = file.metadata() or {}
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
+    except SafetensorError as error:
+        raise DamagedCheckpoint(f"{path} is not a whole safetensors file: {error}") from error
+    if metadata.get("sha256") != _digest(tensors):
+        raise DamagedCheckpoint(f"{path} does not match its checksum")
+    return tensors, json.loads(metadata["meta"])
+
+
+def optimizer_tensors(optimizer: torch.optim.Optimizer, prefix: str = "optimizer.") -> dict[str, Tensor]:
+    """An optimizer's state as named tensors."""
+    state = optimizer.state_dict()["state"]
+    return {f"{prefix}{index}.{key}": value for index, slots in state.items() for key, value in slots.items()}
+
+
+def load_optimizer(optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor], prefix: str = "optimizer.") -> None:
+    """The inverse of ``optimizer_tensors``; learning rates stay those of ``optimizer``."""
+    state: dict[int, dict[str, Tensor]] = {}
+    for name, tensor in with_prefix(tensors, prefix).items():
+        index, key = name.split(".", 1)
+        state.setdefault(int(index), {})[key] = tensor
+    optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
+
+
+def with_prefix(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    """The tensors whose names begin with ``prefix``, without it."""
+    return {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
+
+
+def _digest(tensors: dict[str, Tensor]) -> str:
+    digest = hashlib.sha256()
+    for name in sorted(tensors):
+        digest.update(name.encode())
+        digest.update(tensors[name].reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+def prefixed(tensors: Iterable[tuple[str, Tensor]], prefix: str) -> dict[str, Tensor]:
+    """Named tensors with ``prefix`` put before every name."""
+    return {prefix + name: tensor for name, tensor in tensors}

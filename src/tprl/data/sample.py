@@ -1,0 +1,48 @@
+"""A question about a picture, and where such questions come from."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+from PIL import Image
+
+Box = tuple[float, float, float, float]
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One question about one picture.
+
+    Attributes:
+        sample_id: unique within its source.
+        image_id: names the picture; several samples may share one.
+        question: the text put to the model, without any chat template.
+        answers: accepted answers, best first; several give VQA accuracy.
+        family: the kind of question, for per-family results.
+        box: for grounding, the target ``(left, top, right, bottom)`` as fractions of the picture's sides.
+        box_scale: for grounding, the number that stands for a whole side in the model's answer.
+    """
+
+    sample_id: str
+    image_id: str
+    question: str
+    answers: tuple[str, ...]
+    family: str
+    box: Box | None = None
+    box_scale: float = 1.0
+
+
+class Source(Protocol):
+    """A named, ordered, reproducible set of samples and the pictures they speak of."""
+
+    name: str
+    split: str
+    samples: Sequence[Sample]
+
+    def image(self, image_id: str) -> Image.Image:
+        """The RGB picture called ``image_id``; raises DataError where it cannot be read."""
+        ...
+
+
+class DataError(ValueError):
+    """A record or a picture that cannot be read; the message names it."""

@@ -1,0 +1,115 @@
+"""What the vision tower of pocket-llava is taught to know about every patch, and as which words.
+
+Each *slot* is one fact about the thing that covers a patch: its kind, its card's colour, the digits on the card,
+how many of its kind there are, where it stands, what is next to it, its box. A slot has a small vocabulary; one
+hidden unit of the projector's first layer stands for one word of one slot.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from tprl.data.scenes import BOX_SCALE, COLOURS, DIRECTIONS, KINDS, SIDE, THIRDS, Scene, Thing
+
+GRID = 24
+"""Visual tokens a side."""
+PATCH = SIDE // GRID
+IGNORE = -100
+NONE = 0
+"""Label of a patch to which a slot does not apply; word ``i`` of a slot is label ``i + 1``."""
+
+
+@dataclass(frozen=True)
+class Slot:
+    """One fact about a patch.
+
+    Attributes:
+        name: for messages and metrics.
+        words: its vocabulary, each a single token of the language model.
+        own_direction: whether the word keeps its own direction in embedding space (the kind and the colour, which
+            questions name) or is turned by a rotation of the slot's, so that "4" as tens and "4" as ones differ.
+        context: whether the fact takes other things than the patch's own, and is taught only once those are known.
+        weight: of the slot in the loss.
+    """
+
+    name: str
+    words: tuple[str, ...]
+    own_direction: bool = False
+    context: bool = False
+    weight: float = 1.0
+
+
+_DIGITS = tuple("0123456789")
+_EDGES = ("left", "top", "right", "bottom")
+
+SLOTS = (
+    Slot("kind", tuple(KINDS), own_direction=True, weight=4.0),
+    Slot("colour", tuple(COLOURS), own_direction=True),
+    Slot("tens", _DIGITS),
+    Slot("ones", _DIGITS),
+    Slot("count", tuple("1234"), context=True, weight=2.0),
+    Slot("column", THIRDS[0], weight=0.5),
+    Slot("row", THIRDS[1], weight=0.5),
+    Slot("nearest", tuple(KINDS), context=True),
+    *(Slot(phrase, tuple(KINDS), context=True) for phrase in DIRECTIONS),
+    *(Slot(f"box {edge} tens", tuple("012"), weight=0.25) for edge in _EDGES),
+    *(Slot(f"box {edge} ones", _DIGITS, weight=0.25) for edge in _EDGES),
+)
+UNITS = sum(len(slot.words) for slot in SLOTS)
+
+
+def patch_labels(scene: Scene) -> np.ndarray:
+    """Labels of every patch, int16 ``(slots, GRID * GRID)``, raster order.
+
+    A patch belongs to the thing whose region covers at least a third of it, and is background below a tenth;
+    between the two it is ignored.
+    """
+    labels = np.zeros((len(SLOTS), GRID, GRID), np.int16)
+    coverage = np.zeros((GRID, GRID))
+    edges = np.arange(GRID + 1) * PATCH
+    for thing in scene.things:
+        left, top, right, bottom = thing.region
+        wide = np.clip(np.minimum(edges[1:], right) - np.maximum(edges[:-1], left), 0, PATCH) / PATCH
+        high = np.clip(np.minimum(edges[1:], bottom) - np.maximum(edges[:-1], top), 0, PATCH) / PATCH
+        share = high[:, None] * wide[None, :]
+        own = share > np.maximum(coverage, 1 / 3)
+        labels[:, own] = np.array(_facts(scene, thing), np.int16)[:, None]
+        coverage = np.maximum(coverage, share)
+    labels[:, (coverage >= 0.1) & (coverage <= 1 / 3)] = IGNORE
+    return labels.reshape(len(SLOTS), -1)
+
+
+def presence(scene: Scene) -> np.ndarray:
+    """Which kinds and colours the picture holds, float32 ``(len(KINDS) + len(COLOURS),)``: what [CLS] is taught."""
+    colours = {thing.card.colour for thing in scene.things if thing.card}
+    return np.array([kind in scene.counts for kind in KINDS] + [c in colours for c in COLOURS], np.float32)
+
+
+def _facts(scene: Scene, thing: Thing) -> list[int]:
+    """The label of every slot for ``thing``, in the order of ``SLOTS``."""
+    kinds = list(KINDS)
+    card = thing.card
+    number = card.number if card else None
+
+    def near(direction: tuple[int, int] | None) -> int:
+        found = scene.nearest(thing, direction)
+        return kinds.index(found.kind) + 1 if found else IGNORE
+
+    def third(axis: int) -> int:
+        place = thing.third(axis)
+        return THIRDS[axis].index(place) + 1 if place else IGNORE
+
+    box = [round(edge / SIDE * BOX_SCALE) for edge in thing.box]
+    return [
+        kinds.index(thing.kind) + 1,
+        list(COLOURS).index(card.colour) + 1 if card else NONE,
+        number // 10 + 1 if number is not None else NONE,
+        number % 10 + 1 if number is not None else NONE,
+        scene.counts[thing.kind],
+        third(0),
+        third(1),
+        near(None),
+        *(near(direction) for direction in DIRECTIONS.values()),
+        *(edge // 10 + 1 for edge in box),
+        *(edge % 10 + 1 for edge in box),
+    ]

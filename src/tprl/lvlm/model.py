@@ -1,0 +1,218 @@
+"""A vision-language model of transformers, seen as this package sees it: pictures and questions as embeddings."""
+
+import hashlib
+import inspect
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from PIL import Image
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
+from transformers import AutoModelForImageTextToText, AutoProcessor, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.processing_utils import ProcessorMixin
+
+from tprl.lvlm.families import family_of
+from tprl.lvlm.signals import recorded_tower
+from tprl.types import VisualTokens
+
+
+@dataclass(frozen=True)
+class ImageFeatures:
+    """One picture as the language model is shown it.
+
+    Attributes:
+        tokens: projected visual tokens, ``(n, D)`` in the model's dtype.
+        coords: float32 ``(n, 2)``, row and column of each token's centre in the picture, in [0, 1].
+        signals: those of ``TOWER_SIGNALS`` that were asked for, float32 ``(n, ...)``.
+    """
+
+    tokens: Tensor
+    coords: Tensor
+    signals: dict[str, Tensor] = field(default_factory=dict)
+
+
+class Lvlm:
+    """A model, its processor and the facts of its family.
+
+    Args:
+        model: of one of ``FAMILIES``; put into evaluation mode.
+        processor: the model's own; without one, only ``width`` and ``fingerprint`` can be had.
+
+    Raises:
+        ValueError: the model's family is not known.
+    """
+
+    def __init__(self, model: PreTrainedModel, processor: ProcessorMixin | None = None) -> None:
+        self.family = family_of(model)
+        self.model = model.eval()
+        self.processor = processor
+
+    @classmethod
+    def from_pretrained(
+        cls, name_or_path: str, dtype: str | torch.dtype = "auto", device: str | torch.device = "cpu"
+    ) -> "Lvlm":
+        """Load the model and the processor that stand at a path or on the Hub."""
+        model = AutoModelForImageTextToText.from_pretrained(name_or_path, dtype=dtype)
+        return cls(model.to(device), AutoProcessor.from_pretrained(name_or_path))
+
+    @property
+    def device(self) -> torch.device:
+        return self.model.device
+
+    @property
+    def width(self) -> int:
+        """Width ``D`` of the language model's embeddings."""
+        return self.model.config.get_text_config().hidden_size
+
+    @property
+    def fingerprint(self) -> str:
+        """16 hexadecimal digits that are equal where a pruner fitted to one model fits the other: same family, same
+        widths, same vision tower, same layout of the visual tokens. It says nothing about weights."""
+        return fingerprint(self.model.config.to_dict())
+
+    @torch.no_grad()
+    def encode_images(self, images: list[Image.Image], signals: frozenset[str] = frozenset()) -> list[ImageFeatures]:
+        """Pictures as projected visual tokens.
+
+        Args:
+            images: RGB pictures; one batch for the vision tower.
+            signals: which of ``TOWER_SIGNALS`` to compute besides.
+
+        Raises:
+            ValueError: there is no processor, or a signal is not one that the tower gives.
+        """
+        processor = self._processor()
+        inputs = processor(
+            text=[self._placeholder] * len(images),
+            images=[[image] for image in images],
+            padding=True,
+            return_tensors="pt",
+        ).to(self.device, self.model.dtype)
+        return encode(self.model, inputs, signals)[0]
+
+    @torch.no_grad()
+    def question_embeds(self, questions: list[str]) -> tuple[Tensor, Tensor]:
+        """Input embeddings of the questions' own tokens, without chat template or special tokens.
+
+        Returns:
+            ``(B, Q, D)`` in the model's dtype, zero where padded, and the bool mask ``(B, Q)``.
+        """
+        tokenizer = self._tokenizer()
+        ids = [torch.tensor(tokenizer(question, add_special_tokens=False)["input_ids"]) for question in questions]
+        mask = pad_sequence([torch.ones(len(row), dtype=torch.bool) for row in ids], batch_first=True).to(self.device)
+        padded = pad_sequence([row.long() for row in ids], batch_first=True).to(self.device)
+        return self.model.get_input_embeddings()(padded) * mask[..., None], mask
+
+    def prompt_ids(self, question: str, answer: str | None = None) -> tuple[list[int], list[int]]:
+        """Token ids before and after the visual tokens of one picture, by the model's own chat template.
+
+        Args:
+            question: asked about the picture, which stands before it.
+            answer: appended with the end of its turn, tokenised apart from the prompt; then the second list begins
+                with what it is without an answer. None: the prompt alone, ready for generation.
+
+        Raises:
+            ValueError: the template does not show one picture, or rewrites the prompt once an answer follows.
+        """
+        tokenizer = self._tokenizer()
+        user = {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": question}]}
+        prompt = self._processor().apply_chat_template([user], add_generation_prompt=True, tokenize=False)
+        bos = tokenizer.bos_token is not None and prompt.startswith(tokenizer.bos_token)
+        ids = tokenizer(prompt, add_special_tokens=not bos)["input_ids"]
+        places = [place for place, token in enumerate(ids) if token == self.model.config.image_token_id]
+        if len(places) != 1:
+            raise ValueError(f"the chat template shows {len(places)} pictures instead of 1: {prompt!r}")
+        before, after = ids[: places[0]], ids[places[0] + 1 :]
+        if answer is None:
+            return before, after
+        turn = {"role": "assistant", "content": [{"type": "text", "text": answer}]}
+        whole = self._processor().apply_chat_template([user, turn], tokenize=False).rstrip()
+        if not whole.startswith(prompt):
+            raise ValueError(f"the chat template rewrites the prompt {prompt!r} when an answer follows: {whole!r}")
+        return before, after + tokenizer(whole.removeprefix(prompt), add_special_tokens=False)["input_ids"]
+
+    def visual_tokens(self, features: list[ImageFeatures], questions: list[str]) -> VisualTokens:
+        """One padded batch of pictures, each with its question."""
+        query, query_mask = self.question_embeds(questions)
+        lengths = torch.tensor([len(picture.tokens) for picture in features], device=self.device)
+
+        def pad(rows: list[Tensor]) -> Tensor:
+            return pad_sequence(rows, batch_first=True)
+
+        return VisualTokens(
+            tokens=pad([picture.tokens for picture in features]),
+            mask=torch.arange(int(lengths.max()), device=self.device) < lengths[:, None],
+            coords=pad([picture.coords for picture in features]),
+            query=query,
+            query_mask=query_mask,
+            signals={name: pad([picture.signals[name] for picture in features]) for name in features[0].signals},
+        )
+
+    @property
+    def _placeholder(self) -> str:
+        """The text that stands for one picture before the processor expands it."""
+        return self._tokenizer().convert_ids_to_tokens(self.model.config.image_token_id)
+
+    def _processor(self) -> ProcessorMixin:
+        if self.processor is None:
+            raise ValueError("this Lvlm was made without a processor, which pictures and questions need")
+        return self.processor
+
+    def _tokenizer(self) -> PreTrainedTokenizerBase:
+        return self._processor().tokenizer
+
+
+def encode(
+    model: PreTrainedModel, inputs: Mapping[str, Any], signals: frozenset[str] = frozenset()
+) -> tuple[list[ImageFeatures], Any]:
+    """Every picture of a batch in the order of its visual tokens, and the model's own output that holds them.
+
+    Args:
+        inputs: what ``forward`` takes, with the pictures and ``input_ids``.
+    """
+    encoder = model.base_model.get_image_features
+    taken = inspect.signature(encoder).parameters
+    with recorded_tower(model, signals) as patches:
+        output = encoder(**{name: value for name, value in inputs.items() if name in taken}, return_dict=True)
+    return split_pictures(model, inputs, output.pooler_output, patches), output
+
+
+def split_pictures(
+    model: PreTrainedModel, inputs: Mapping[str, Any], features: Sequence[Tensor], patches: Mapping[str, Tensor]
+) -> list[ImageFeatures]:
+    """A model's image features, and what its tower recorded of its ``patches``, picture by picture."""
+    family = family_of(model)
+    entries = [len(entry) for entry in features]
+    tokens = torch.cat(list(features))
+    coords = family.coords(model.config, inputs, entries, inputs["input_ids"])
+    counts = [len(picture) for picture in coords]
+    signals: dict[str, tuple[Tensor, ...]] = {}
+    for name, values in patches.items():
+        assert family.pack is not None
+        packed = family.pack(model, values.reshape(*values.shape[:2], -1), inputs, entries)
+        signals[name] = packed.reshape(len(tokens), *values.shape[2:]).split(counts)
+    return [
+        ImageFeatures(picture, where.to(picture.device), {name: rows[index] for name, rows in signals.items()})
+        for index, (picture, where) in enumerate(zip(tokens.split(counts), coords, strict=True))
+    ]
+
+
+_FIT_KEYS = frozenset(
+    """model_type hidden_size num_hidden_layers depth embed_dim patch_size image_size spatial_merge_size scale_factor
+    downsample_ratio mm_tokens_per_image image_seq_length image_grid_pinpoints vision_feature_layer
+    vision_feature_select_strategy text_config vision_config""".split()
+)
+
+
+def fingerprint(config: dict[str, Any]) -> str:
+    """See ``Lvlm.fingerprint``; of a model's configuration as a dictionary."""
+
+    def kept(part: dict[str, Any]) -> dict[str, Any]:
+        return {
+            key: kept(value) if isinstance(value, dict) else value for key, value in part.items() if key in _FIT_KEYS
+        }
+
+    return hashlib.sha256(json.dumps(kept(config), sort_keys=True).encode()).hexdigest()[:16]

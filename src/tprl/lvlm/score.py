@@ -1,0 +1,147 @@
+"""How well a frozen language model answers from a subset of the visual tokens: one teacher-forced pass, batched.
+
+Where an answer has one accepted text, greedy generation yields it exactly when every token of it is the most likely
+one under teacher forcing, so accuracy needs no generation token by token.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from transformers import DynamicCache, PreTrainedModel
+
+from tprl.lvlm.packing import IGNORE, Block, kept_indices, pack
+
+
+@dataclass(frozen=True)
+class AnswerScores:
+    """Scores of ``Q`` reference answers.
+
+    Attributes:
+        log_prob: float32 ``(Q,)``, mean log-probability in nats of the answer's tokens, end of turn included.
+        correct: bool ``(Q,)``, True where greedy decoding would give exactly the answer.
+    """
+
+    log_prob: Tensor
+    correct: Tensor
+
+
+class AnswerScorer:
+    """Scores answers under a frozen LVLM from given visual tokens.
+
+    Args:
+        language: the decoder without its head.
+        head: hidden states to vocabulary logits.
+        before: token ids in front of the picture, the same for every question.
+        tokens_per_pass: bound on tokens, padding included, in one forward pass; bounds memory.
+    """
+
+    def __init__(
+        self, language: PreTrainedModel, head: nn.Module, before: list[int], tokens_per_pass: int = 8192
+    ) -> None:
+        self.language, self.head, self.before, self.tokens_per_pass = language, head, before, tokens_per_pass
+
+    @torch.no_grad()
+    def score(self, tokens: Tensor, keep_mask: Tensor, rows: list[list[Block]]) -> AnswerScores:
+        """Score every block of every row, in reading order.
+
+        Args:
+            tokens: visual tokens ``(B, N, D)``, or ``(1, N, D)`` or an expanded view for a shared picture.
+            keep_mask: bool ``(B, N)``.
+            rows: the questions about each row's kept tokens, each with its answer.
+        """
+        firsts = torch.tensor([0, *(len(blocks) for blocks in rows)]).cumsum(0)
+        log_prob, correct = torch.zeros(int(firsts[-1])), torch.zeros(int(firsts[-1]), dtype=torch.bool)
+        for chosen in self._passes(keep_mask, rows):
+            chosen_rows = [rows[i] for i in chosen]
+            scores = self._pass(tokens[chosen], keep_mask[chosen], chosen_rows)
+            at = torch.cat([torch.arange(int(firsts[i]), int(firsts[i + 1])) for i in chosen])
+            log_prob[at], correct[at] = scores.log_prob, scores.correct
+        return AnswerScores(log_prob, correct)
+
+    @torch.no_grad()
+    def generate(
+        self, tokens: Tensor, keep_mask: Tensor, prompts: list[list[int]], end: int, limit: int
+    ) -> list[list[int]]:
+        """Greedy answers, ``limit`` tokens at most, without the ``end`` token that closes them.
+
+        Args:
+            tokens: ``(B, N, D)``.
+            keep_mask: bool ``(B, N)``.
+            prompts: token ids after the picture, up to where the answer begins.
+        """
+        answers: list[list[int]] = [[] for _ in prompts]
+        rows = [[Block(prompt, len(prompt))] for prompt in prompts]
+        for chosen in self._passes(keep_mask, rows):
+            for i, answer in zip(
+                chosen, self._greedy(tokens[chosen], keep_mask[chosen], [rows[j] for j in chosen], limit), strict=True
+            ):
+                answers[i] = answer[: answer.index(end)] if end in answer else answer
+        return answers
+
+    def _passes(self, keep_mask: Tensor, rows: list[list[Block]]) -> list[list[int]]:
+        """Rows grouped by length, so that padding stays small and a pass holds ``tokens_per_pass`` at most."""
+        lengths = keep_mask.sum(1) + torch.tensor([sum(len(block.ids) for block in blocks) for blocks in rows])
+        passes: list[list[int]] = []
+        for i in lengths.argsort(descending=True).tolist():
+            if (
+                passes
+                and (len(passes[-1]) + 1) * (int(lengths[passes[-1][0]]) + len(self.before)) <= self.tokens_per_pass
+            ):
+                passes[-1].append(i)
+            else:
+                passes.append([i])
+        return passes
+
+    def _embed(self, tokens: Tensor, keep_mask: Tensor, rows: list[list[Block]]):
+        indices, real = kept_indices(keep_mask)
+        packed = pack(self.before, indices, real, keep_mask.shape[1], rows)
+        embeds = self.language.get_input_embeddings()(packed.ids)
+        visual = tokens.gather(1, indices[..., None].expand(-1, -1, tokens.shape[-1])).to(embeds.dtype)
+        embeds = torch.cat([embeds[:, : packed.visual.start], visual, embeds[:, packed.visual.stop :]], 1)
+        return packed, embeds
+
+    def _pass(self, tokens: Tensor, keep_mask: Tensor, rows: list[list[Block]]) -> AnswerScores:
+        packed, embeds = self._embed(tokens, keep_mask, rows)
+        hidden = self.language(
+            inputs_embeds=embeds, position_ids=packed.positions, attention_mask=packed.mask, use_cache=False
+        ).last_hidden_state
+        places = packed.targets != IGNORE
+        logits = self.head(hidden[places]).float()
+        targets, owners = packed.targets[places], packed.owners[places]
+        count = int(owners.max()) + 1
+        log_probs = logits.log_softmax(1).gather(1, targets[:, None])[:, 0]
+        lengths = torch.zeros(count).index_add(0, owners, torch.ones(len(owners)))
+        wrong = torch.zeros(count).index_add(0, owners, (logits.argmax(1) != targets).float())
+        return AnswerScores(torch.zeros(count).index_add(0, owners, log_probs) / lengths, wrong == 0)
+
+    def _greedy(self, tokens: Tensor, keep_mask: Tensor, rows: list[list[Block]], limit: int) -> list[list[int]]:
+        packed, embeds = self._embed(tokens, keep_mask, rows)
+        lengths = torch.tensor([len(blocks[0].ids) for blocks in rows])
+        last = packed.visual.stop + lengths - 1
+        row = torch.arange(len(rows))
+        cache = DynamicCache()
+        hidden = self.language(
+            inputs_embeds=embeds,
+            position_ids=packed.positions,
+            attention_mask=packed.mask,
+            past_key_values=cache,
+            use_cache=True,
+        ).last_hidden_state
+        visible = packed.mask[row, 0, last]
+        position = packed.positions[row, last]
+        chosen = self.head(hidden[row, last]).argmax(1)
+        answers = [chosen]
+        for _ in range(limit - 1):
+            visible = torch.cat([visible, torch.ones(len(rows), 1, dtype=torch.bool)], 1)
+            position = position + 1
+            hidden = self.language(
+                input_ids=chosen[:, None],
+                position_ids=position[:, None],
+                attention_mask=visible[:, None, None],
+                past_key_values=cache,
+                use_cache=True,
+            ).last_hidden_state
+            chosen = self.head(hidden[:, 0]).argmax(1)
+            answers.append(chosen)
+        return torch.stack(answers, 1).tolist()

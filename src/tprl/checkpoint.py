@@ -24,7 +24,15 @@ def save_checkpoint(path: Path, tensors: dict[str, Tensor], meta: dict[str, Any]
         OSError: the disk is full or the folder is not writable; what stood at ``path`` is left untouched.
     """
     tensors = {name: tensor.detach().to("cpu").contiguous() for name, tensor in tensors.items()}
-    metadata = {"meta": json.dumps(meta), "sha256": _digest(tensors)}
+    save_tensors(path, tensors, {"meta": json.dumps(meta), "sha256": _digest(tensors)})
+
+
+def save_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
+    """Write a plain safetensors file whole or not at all.
+
+    Raises:
+        OSError: the disk is full or the folder is not writable; what stood at ``path`` is left untouched.
+    """
     partial = path.with_name(path.name + ".partial")
     try:
         save_file(tensors, partial, metadata=metadata)
@@ -33,7 +41,7 @@ def save_checkpoint(path: Path, tensors: dict[str, Tensor], meta: dict[str, Any]
         partial.replace(path)
     except (OSError, SafetensorError) as error:
         partial.unlink(missing_ok=True)
-        raise OSError(f"could not save the checkpoint {path}: {error}") from error
+        raise OSError(f"could not save {path}: {error}") from error
 
 
 def load_checkpoint(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:

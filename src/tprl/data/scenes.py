@@ -263,7 +263,7 @@ def _place(
     rng: np.random.Generator, kind: str, origin: tuple[int, int], colour: str | None, number: int | None
 ) -> Thing:
     """Put a thing (and its card) at a random place within its cell."""
-    size = int(rng.integers(34, 57 if colour else 85))
+    size = int(rng.integers(32, 47 if number is not None else 57 if colour else 85))
     margin = int(rng.integers(6, 12)) if colour else 0
     width = size + 2 * margin
     height = size + 2 * margin + (_TEXT_HEIGHT - 4 if number is not None else 0)
@@ -276,7 +276,7 @@ def _place(
 
 # --- drawing -------------------------------------------------------------------------------------------------
 
-_TEXT_HEIGHT = 22
+_TEXT_HEIGHT = 28
 
 
 @cache
@@ -309,7 +309,7 @@ def _draw_card(draw: ImageDraw.ImageDraw, card: Card, top_of_text: int) -> None:
     if card.number is not None:
         centre = (card.box[0] + card.box[2]) / 2
         ink = (255, 255, 255) if dark else (0, 0, 0)
-        draw.text((centre, top_of_text + 2), str(card.number), font=_font(), fill=ink, anchor="mt")
+        draw.text((centre, top_of_text + 1), str(card.number), font=_font(), fill=ink, anchor="mt")
 
 
 def _shapes(picture: Image.Image, rng: np.random.Generator) -> None:

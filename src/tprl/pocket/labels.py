@@ -13,7 +13,6 @@ from tprl.data.scenes import BOX_SCALE, COLOURS, DIRECTIONS, KINDS, SIDE, THIRDS
 
 GRID = 24
 """Visual tokens a side."""
-PATCH = SIDE // GRID
 IGNORE = -100
 NONE = 0
 """Label of a patch to which a slot does not apply; word ``i`` of a slot is label ``i + 1``."""
@@ -29,7 +28,8 @@ class Slot:
         own_direction: whether the word keeps its own direction in embedding space (the kind and the colour, which
             questions name) or is turned by a rotation of the slot's, so that "4" as tens and "4" as ones differ.
         context: whether the fact takes other things than the patch's own, and is taught only once those are known.
-        weight: of the slot in the loss.
+        weight: of the slot in the tower's loss.
+        gain: length of the slot's word embeddings in a visual token, against the language model's own.
     """
 
     name: str
@@ -37,40 +37,42 @@ class Slot:
     own_direction: bool = False
     context: bool = False
     weight: float = 1.0
+    gain: float = 0.7
 
 
 _DIGITS = tuple("0123456789")
 _EDGES = ("left", "top", "right", "bottom")
 
 SLOTS = (
-    Slot("kind", tuple(KINDS), own_direction=True, weight=4.0),
-    Slot("colour", tuple(COLOURS), own_direction=True),
-    Slot("tens", _DIGITS),
-    Slot("ones", _DIGITS),
+    Slot("kind", tuple(KINDS), own_direction=True, weight=4.0, gain=4.0),
+    Slot("colour", tuple(COLOURS), own_direction=True, gain=1.5),
+    Slot("tens", _DIGITS, weight=2.0),
+    Slot("ones", _DIGITS, weight=2.0),
     Slot("count", tuple("1234"), context=True, weight=2.0),
     Slot("column", THIRDS[0], weight=0.5),
     Slot("row", THIRDS[1], weight=0.5),
     Slot("nearest", tuple(KINDS), context=True),
     *(Slot(phrase, tuple(KINDS), context=True) for phrase in DIRECTIONS),
-    *(Slot(f"box {edge} tens", tuple("012"), weight=0.25) for edge in _EDGES),
-    *(Slot(f"box {edge} ones", _DIGITS, weight=0.25) for edge in _EDGES),
+    *(Slot(f"box {edge} tens", tuple("012"), weight=0.25, gain=0.4) for edge in _EDGES),
+    *(Slot(f"box {edge} ones", _DIGITS, weight=0.25, gain=0.4) for edge in _EDGES),
 )
 UNITS = sum(len(slot.words) for slot in SLOTS)
 
 
-def patch_labels(scene: Scene) -> np.ndarray:
-    """Labels of every patch, int16 ``(slots, GRID * GRID)``, raster order.
+def patch_labels(scene: Scene, grid: int = GRID) -> np.ndarray:
+    """Labels of every patch, int16 ``(slots, grid * grid)``, raster order.
 
     A patch belongs to the thing whose region covers at least a third of it, and is background below a tenth;
     between the two it is ignored.
     """
-    labels = np.zeros((len(SLOTS), GRID, GRID), np.int16)
-    coverage = np.zeros((GRID, GRID))
-    edges = np.arange(GRID + 1) * PATCH
+    labels = np.zeros((len(SLOTS), grid, grid), np.int16)
+    coverage = np.zeros((grid, grid))
+    patch = SIDE // grid
+    edges = np.arange(grid + 1) * patch
     for thing in scene.things:
         left, top, right, bottom = thing.region
-        wide = np.clip(np.minimum(edges[1:], right) - np.maximum(edges[:-1], left), 0, PATCH) / PATCH
-        high = np.clip(np.minimum(edges[1:], bottom) - np.maximum(edges[:-1], top), 0, PATCH) / PATCH
+        wide = np.clip(np.minimum(edges[1:], right) - np.maximum(edges[:-1], left), 0, patch) / patch
+        high = np.clip(np.minimum(edges[1:], bottom) - np.maximum(edges[:-1], top), 0, patch) / patch
         share = high[:, None] * wide[None, :]
         own = share > np.maximum(coverage, 1 / 3)
         labels[:, own] = np.array(_facts(scene, thing), np.int16)[:, None]

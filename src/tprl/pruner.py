@@ -1,0 +1,163 @@
+"""TokenPruner: the trained encoder and policy behind one face, saved as safetensors and JSON."""
+
+import json
+from dataclasses import asdict, fields
+from pathlib import Path
+
+import torch
+from huggingface_hub import HfApi, snapshot_download
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from tprl.autoencoder import TokenAutoencoder
+from tprl.checkpoint import save_tensors
+from tprl.config import PrunerConfig
+from tprl.policy import Policy, PolicyOutput
+from tprl.types import Selection, VisualTokens
+
+WEIGHTS, CONFIG = "pruner.safetensors", "pruner.json"
+
+
+class TokenPruner(nn.Module):
+    """Says which visual tokens the question needs. One look, no generation.
+
+    Example:
+        >>> pruner = TokenPruner.from_pretrained("runs/mine")
+        >>> keep_mask = pruner.select(visual, torch.tensor([64])).keep_mask
+    """
+
+    name = "tprl"
+    needs: frozenset[str] = frozenset()
+
+    def __init__(self, config: PrunerConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.autoencoder = TokenAutoencoder(config.width, config.autoencoder_hidden, config.latent)
+        self.policy = Policy(
+            config.latent, config.width, config.policy_hidden, config.policy_layers, config.policy_heads
+        )
+        self.register_buffer("token_mean", torch.zeros(config.width))
+        self.register_buffer("token_scale", torch.ones(()))
+
+    def normalise(self, tokens: Tensor) -> Tensor:
+        """Visual tokens as the autoencoder reads them: float32, centred, unit variance over the training pictures."""
+        return (tokens.float() - self.token_mean) * self.token_scale
+
+    def encode(self, tokens: Tensor) -> Tensor:
+        """Visual tokens ``(B, N, D)`` to latents ``(B, N, L)``."""
+        return self.autoencoder.encode(self.normalise(tokens))
+
+    def look(self, latents: Tensor, visual: VisualTokens, state: Tensor) -> PolicyOutput:
+        """The policy's output for a state: ``state`` is bool ``(B, N)``, the tokens still held."""
+        query = visual.query.float() * self.config.use_question
+        return self.policy(latents, visual.coords, state, query, visual.query_mask)
+
+    @torch.no_grad()
+    def keep_probs(self, visual: VisualTokens) -> Tensor:
+        """Probability that the question needs each token, float32 ``(B, N)``, 0 at padding."""
+        logits = self.look(self.encode(visual.tokens), visual, visual.mask).logits
+        return logits.sigmoid() * visual.mask
+
+    def select(self, visual: VisualTokens, budget: Tensor) -> Selection:
+        """The ``budget`` most probable tokens of every row.
+
+        Args:
+            budget: int64 ``(B,)``, from 1 to the row's number of real tokens.
+
+        Raises:
+            ValueError: a budget is out of range, or the tokens have another width.
+        """
+        self._check(visual)
+        real = visual.mask.sum(1)
+        if bool(((budget < 1) | (budget > real)).any()):
+            raise ValueError(f"budgets must lie between 1 and the number of visual tokens {real.tolist()}, got {budget.tolist()}")
+        probs = self.keep_probs(visual).masked_fill(~visual.mask, -1)
+        rank = probs.argsort(1, descending=True, stable=True).argsort(1)
+        return Selection(rank < budget[:, None])
+
+    def select_above(self, visual: VisualTokens, threshold: float | None = None) -> Selection:
+        """Every token whose keep probability exceeds ``threshold`` (the calibrated one unless given), and at least
+        the most probable one.
+
+        Raises:
+            ValueError: the threshold is outside [0, 1], or the tokens have another width.
+        """
+        self._check(visual)
+        threshold = self.config.threshold if threshold is None else threshold
+        if not 0 <= threshold <= 1:
+            raise ValueError(f"threshold must lie in [0, 1], got {threshold}")
+        probs = self.keep_probs(visual)
+        best = torch.zeros_like(visual.mask).scatter(1, probs.argmax(1, keepdim=True), True)
+        return Selection(((probs > threshold) & visual.mask) | best)
+
+    def _check(self, visual: VisualTokens) -> None:
+        if visual.tokens.shape[-1] != self.config.width:
+            raise ValueError(
+                f"this pruner was trained for a language model of width {self.config.width}, got tokens of width "
+                f"{visual.tokens.shape[-1]}"
+            )
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Write ``pruner.safetensors`` and ``pruner.json`` into ``folder``; either file appears whole or not at all."""
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        save_tensors(folder / WEIGHTS, self.state_dict(), {"format": "pt"})
+        partial = folder / (CONFIG + ".partial")
+        partial.write_text(json.dumps(asdict(self.config), indent=2) + "\n")
+        partial.replace(folder / CONFIG)
+
+    @classmethod
+    def from_pretrained(cls, name_or_path: str | Path, fingerprint: str | None = None) -> "TokenPruner":
+        """Load a pruner from a folder or from the Hub.
+
+        Args:
+            name_or_path: a folder, or a Hub repository where there is no such folder.
+            fingerprint: of the model that it is to prune; a pruner of another model is refused.
+
+        Raises:
+            FileNotFoundError: the folder lacks one of the two files.
+            ValueError: unknown or missing settings or weights, or another model's fingerprint.
+        """
+        folder = Path(name_or_path)
+        if not folder.is_dir():
+            if folder.is_absolute() or str(name_or_path).count("/") != 1:
+                raise FileNotFoundError(f"there is no folder {folder}")
+            folder = Path(snapshot_download(str(name_or_path), allow_patterns=[WEIGHTS, CONFIG]))
+        for name in (WEIGHTS, CONFIG):
+            if not (folder / name).is_file():
+                raise FileNotFoundError(f"{folder} holds no pruner: {name} is missing")
+        settings = json.loads((folder / CONFIG).read_text())
+        known = {field.name for field in fields(PrunerConfig)}
+        if settings.keys() != known:
+            raise ValueError(
+                f"{folder / CONFIG}: unknown settings {sorted(settings.keys() - known)}, "
+                f"missing settings {sorted(known - settings.keys())}"
+            )
+        config = PrunerConfig(**settings)
+        if fingerprint is not None and fingerprint != config.fingerprint:
+            raise ValueError(
+                f"the pruner in {folder} was trained for another model (width {config.width}, fingerprint "
+                f"{config.fingerprint}) than this one ({fingerprint}); train one for it with `tprl train --model ...`"
+            )
+        pruner = cls(config)
+        weights = load_file(folder / WEIGHTS)
+        expected = pruner.state_dict()
+        wrong = {
+            name
+            for name in weights.keys() | expected.keys()
+            if name not in weights or name not in expected or weights[name].shape != expected[name].shape
+        }
+        if wrong:
+            raise ValueError(f"{folder / WEIGHTS} does not fit its settings: {sorted(wrong)}")
+        pruner.load_state_dict(weights)
+        return pruner.eval()
+
+    def push_to_hub(self, repository: str, private: bool = False) -> str:
+        """Upload the pruner to a Hub repository (made where it does not exist); returns its address."""
+        from tempfile import TemporaryDirectory
+
+        api = HfApi()
+        api.create_repo(repository, private=private, exist_ok=True)
+        with TemporaryDirectory() as folder:
+            self.save_pretrained(folder)
+            return str(api.upload_folder(repo_id=repository, folder_path=folder))

@@ -137,19 +137,13 @@ class Lvlm:
     def visual_tokens(self, features: list[ImageFeatures], questions: list[str]) -> VisualTokens:
         """One padded batch of pictures, each with its question."""
         query, query_mask = self.question_embeds(questions)
-        lengths = torch.tensor([len(picture.tokens) for picture in features], device=self.device)
+        return collate(features, query, query_mask)
 
-        def pad(rows: list[Tensor]) -> Tensor:
-            return pad_sequence(rows, batch_first=True)
-
-        return VisualTokens(
-            tokens=pad([picture.tokens for picture in features]),
-            mask=torch.arange(int(lengths.max()), device=self.device) < lengths[:, None],
-            coords=pad([picture.coords for picture in features]),
-            query=query,
-            query_mask=query_mask,
-            signals={name: pad([picture.signals[name] for picture in features]) for name in features[0].signals},
-        )
+    @property
+    def template_ids(self) -> frozenset[int]:
+        """Token ids of the chat template around an empty question, which are no part of a question."""
+        before, after = self.prompt_ids("")
+        return frozenset(before + after)
 
     @property
     def _placeholder(self) -> str:
@@ -200,10 +194,28 @@ def split_pictures(
     ]
 
 
+def collate(pictures: list[ImageFeatures], query: Tensor, query_mask: Tensor) -> VisualTokens:
+    """One padded batch of pictures with their questions ``(B, Q, D)`` and ``(B, Q)``."""
+
+    def pad(rows: list[Tensor]) -> Tensor:
+        return pad_sequence(rows, batch_first=True)
+
+    return VisualTokens(
+        tokens=pad([picture.tokens for picture in pictures]),
+        mask=pad([torch.ones_like(picture.coords[:, 0], dtype=torch.bool) for picture in pictures]),
+        coords=pad([picture.coords for picture in pictures]),
+        query=query,
+        query_mask=query_mask,
+        signals={name: pad([picture.signals[name] for picture in pictures]) for name in pictures[0].signals},
+    )
+
+
 _FIT_KEYS = frozenset(
-    """model_type hidden_size num_hidden_layers depth embed_dim patch_size image_size spatial_merge_size scale_factor
-    downsample_ratio mm_tokens_per_image image_seq_length image_grid_pinpoints vision_feature_layer
-    vision_feature_select_strategy text_config vision_config""".split()
+    {
+        *("model_type", "text_config", "vision_config", "hidden_size", "num_hidden_layers", "depth", "embed_dim"),
+        *("image_size", "patch_size", "vision_feature_layer", "vision_feature_select_strategy", "image_grid_pinpoints"),
+        *("spatial_merge_size", "scale_factor", "downsample_ratio", "mm_tokens_per_image", "image_seq_length"),
+    }
 )
 
 

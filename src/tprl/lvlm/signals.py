@@ -3,11 +3,10 @@
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from tprl.lvlm.families import CLS_TOWERS, Family, family_of
+from tprl.lvlm.families import TOWERS, Family, family_of
 
 TOWER_SIGNALS = frozenset({"cls_attention", "tower_keys"})
 """The keys of ``tprl.types.SIGNALS`` that come from the vision tower."""
@@ -28,15 +27,17 @@ def recorded_tower(model: PreTrainedModel, names: frozenset[str]) -> Iterator[di
         return
     family = family_of(model)
     if not names <= TOWER_SIGNALS:
-        raise ValueError(
-            f"signals {sorted(names - TOWER_SIGNALS)} do not come from a vision tower; {sorted(TOWER_SIGNALS)} do"
-        )
-    if family.pack is None:
-        raise ValueError(f"the vision tower of {family.name} gives no signals; asked for {sorted(names)}")
+        unknown = sorted(names - TOWER_SIGNALS)
+        raise ValueError(f"signals {unknown} do not come from a vision tower; {sorted(TOWER_SIGNALS)} do")
     tower = model.get_submodule(family.tower)
-    layer = tower.get_submodule(family.layers)[_used_layer(model, family)]
-    attention = layer.get_submodule(family.attention)
-    skip = int(tower.config.model_type in CLS_TOWERS)
+    if family.pack is None or tower.config.model_type not in TOWERS:
+        raise ValueError(
+            f"{family.name} with the tower {tower.config.model_type!r} gives no signals, asked for {sorted(names)}; "
+            f"towers that do: {', '.join(sorted(TOWERS))}"
+        )
+    facts = TOWERS[tower.config.model_type]
+    attention = tower.get_submodule(facts.layers)[_used_layer(model, family)].get_submodule(facts.attention)
+    skip = int(facts.has_cls)
     recorded: dict[str, Tensor] = {}
 
     def record_attention(module: nn.Module, inputs: object, output: tuple[Tensor, Tensor]) -> None:

@@ -5,13 +5,14 @@ hides the dropped tokens. Each equality stands beside controls that must fail.
 """
 
 import inspect
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from copy import deepcopy
+from itertools import chain
 from typing import Any
 
 import pytest
 import torch
-from lvlm.tiny import IMAGE, NAMES, PAD, Prompt, Tiny, make
+from tiny import IMAGE, NAMES, PAD, Prompt, Tiny, make
 from torch import Tensor
 from transformers import DynamicCache, GenerationMixin, LlamaConfig, LlamaForCausalLM, PreTrainedModel, StaticCache
 
@@ -180,3 +181,478 @@ def test_decoding_equals_the_masked_model(name: str, mode: str) -> None:
     with prune(tiny.model, Norms(), keep_ratio=0.4, positions="compact"):
         _, compact = generated(tiny, inputs)
     assert gap(compact[:, 0], expected[:, 0]) > FAR
+
+
+def test_keeping_all_changes_nothing(tiny: Tiny) -> None:
+    for side in ("left", "right"):
+        inputs = tiny.batch(*BATCH, side=side)
+        plain = tiny.model(**inputs).logits
+        with prune(tiny.model, Norms(), keep_ratio=1.0) as pruning:
+            assert torch.equal(tiny.model(**inputs).logits, plain)
+        assert pruning.cut is None
+        assert [kept.count for kept in chain(*pruning.kept)] == tiny.counts
+    inputs = tiny.batch(*BATCH)
+    whole = generated(tiny, inputs)
+    with prune(tiny.model, Norms(), keep_ratio=1.0):
+        kept = generated(tiny, inputs)
+    assert all(torch.equal(one, other) for one, other in zip(whole, kept, strict=True))
+    with prune(tiny.model, Norms(), keep_ratio=0.5):
+        assert gap(generated(tiny, inputs)[1], whole[1]) > FAR
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_a_ragged_batch_equals_each_sample_alone(tiny: Tiny, side: str) -> None:
+    inputs = tiny.batch(*BATCH, side=side)
+    with prune(tiny.model, Norms(), keep_ratio=0.4) as pruning:
+        together = tiny.model(**inputs).logits
+        mask = pruning.cut.mask if pruning.cut else None
+        assert mask is not None
+        assert not mask.all()
+        decoded = generated(tiny, inputs)
+        first = 0
+        for row, prompt in enumerate(BATCH):
+            alone = tiny.batch(prompt, skip=first)
+            first += prompt.count("I")
+            assert gap(together[row, mask[row]], tiny.model(**alone).logits[0]) < 1e-9
+            if side == "left":
+                tokens, logits = generated(tiny, alone)
+                assert torch.equal(decoded[0][row], tokens[0])
+                assert gap(decoded[1][row], logits[0]) < 1e-5
+
+
+def test_right_padding_is_decoded_rightly(tiny: Tiny) -> None:
+    with prune(tiny.model, Norms(), keep_ratio=0.4):
+        right, left = (generated(tiny, tiny.batch(*BATCH, side=side)) for side in ("right", "left"))
+    assert torch.equal(right[0], left[0])
+    assert gap(right[1], left[1]) < 1e-5
+
+
+def test_beams_and_several_sequences_equal_each_sample_alone(tiny: Tiny) -> None:
+    options = {"num_beams": 3, "num_return_sequences": 2, "do_sample": False, "max_new_tokens": 4}
+    inputs = tiny.batch(*BATCH)
+    length = inputs["input_ids"].shape[1]
+    with prune(tiny.model, Norms(), keep_ratio=0.4):
+        together = tiny.model.generate(**inputs, **options)
+        assert torch.equal(together[:, :length], inputs["input_ids"].repeat_interleave(2, 0))
+        first = 0
+        for row, prompt in enumerate(BATCH):
+            alone = tiny.batch(prompt, skip=first)
+            first += prompt.count("I")
+            expected = tiny.model.generate(**alone, **options)[:, alone["input_ids"].shape[1] :]
+            assert torch.equal(together[2 * row : 2 * row + 2, length:], expected)
+        sampled = tiny.model.generate(**inputs, do_sample=True, top_k=1, num_return_sequences=3, max_new_tokens=4)
+        greedy = tiny.model.generate(**inputs, do_sample=False, max_new_tokens=4)
+    assert torch.equal(sampled, greedy.repeat_interleave(3, 0))
+
+
+def second_turn(inputs: dict[str, Tensor], sequences: Tensor) -> dict[str, Tensor]:
+    """The whole conversation so far and six more tokens, as a chat would send it: without the pictures."""
+    more = torch.arange(5, 11).repeat(len(sequences), 1)
+    ids = torch.cat([sequences, more], 1)
+    grown = ids.shape[1] - inputs["attention_mask"].shape[1]
+    mask = torch.nn.functional.pad(inputs["attention_mask"], (0, grown), value=1)
+    return {"input_ids": ids, "attention_mask": mask}
+
+
+@pytest.mark.parametrize("positions", ["original", "compact"])
+def test_a_second_turn_goes_on_from_the_cache(tiny: Tiny, positions: Any) -> None:
+    """The second turn on the cache equals one call that is given the whole conversation."""
+    inputs = tiny.batch(*BATCH)
+    options = {"do_sample": False, "max_new_tokens": 4, "return_dict_in_generate": True, "output_logits": True}
+    with prune(tiny.model, Norms(), keep_ratio=0.4, positions=positions) as pruning:
+        first = tiny.model.generate(**inputs, **options)
+        turn = second_turn(inputs, first.sequences)
+        second = tiny.model.generate(**turn, past_key_values=deepcopy(first.past_key_values), **options)
+        assert torch.equal(second.sequences[:, : turn["input_ids"].shape[1]], turn["input_ids"])
+        short = {"input_ids": turn["input_ids"][:, -7:], "attention_mask": turn["attention_mask"]}
+        brief = tiny.model.generate(**short, past_key_values=deepcopy(first.past_key_values), **options)
+        third_turn = second_turn(turn, second.sequences)
+        third = tiny.model.generate(**third_turn, past_key_values=second.past_key_values, **options)
+        with pytest.raises(ValueError, match="new pictures on a filled cache"):
+            tiny.model.generate(**inputs, past_key_values=first.past_key_values, max_new_tokens=1)
+        with pytest.raises(ValueError, match="new pictures on a filled cache"):
+            tiny.model(**inputs, past_key_values=first.past_key_values)
+    new = turn["input_ids"].shape[1]
+    assert torch.equal(brief.sequences[:, 7:], second.sequences[:, new:])
+    if positions == "compact":
+        return
+    hidden = dropped(tiny, pruning, inputs["input_ids"])
+    whole = third_turn["input_ids"].shape[1]
+    continuation = third.sequences[:, inputs["input_ids"].shape[1] : -1]
+    expected = reference(tiny, inputs, hidden, continuation).float()
+    assert gap(torch.stack(second.logits, 1), expected[:, new - 1 : new + 3]) < 1e-5
+    assert gap(torch.stack(third.logits, 1), expected[:, whole - 1 :]) < 1e-5
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_a_hand_written_loop_goes_on_from_the_cache(tiny: Tiny, side: str) -> None:
+    inputs = tiny.batch(*BATCH, side=side)
+    continuation = torch.randint(5, 39, (3, 3), generator=torch.Generator().manual_seed(1))
+    with prune(tiny.model, Norms(), keep_ratio=0.4) as pruning:
+        outputs = tiny.model(**inputs, use_cache=True)
+        cache, mask, steps = outputs.past_key_values, inputs["attention_mask"], []
+        for step in range(3):
+            mask = torch.nn.functional.pad(mask, (0, 1), value=1)
+            given = {"attention_mask": mask} if step != 1 else {}
+            token = continuation[:, step : step + 1]
+            steps.append(tiny.model(input_ids=token, past_key_values=cache, use_cache=True, **given).logits)
+    if side == "left":
+        hidden = dropped(tiny, pruning, inputs["input_ids"])
+        expected = reference(tiny, inputs, hidden, continuation)[:, -3:]
+    else:
+        with prune(tiny.model, Norms(), keep_ratio=0.4) as pruning:
+            left = tiny.batch(*BATCH)
+            tiny.model(**left)
+        expected = reference(tiny, left, dropped(tiny, pruning, left["input_ids"]), continuation)[:, -3:]
+    assert gap(torch.cat(steps, 1), expected) < 1e-9
+
+
+def test_labels_give_the_masked_models_loss(tiny: Tiny) -> None:
+    inputs = tiny.batch(*BATCH)
+    labels = torch.full_like(inputs["input_ids"], -100)
+    labels[:, -3:] = inputs["input_ids"][:, -3:]
+    with prune(tiny.model, Norms(), keep_ratio=0.4) as pruning:
+        loss = tiny.model(**inputs, labels=labels).loss
+    logits = reference(tiny, inputs, dropped(tiny, pruning, inputs["input_ids"]))[:, -4:-1].flatten(0, 1)
+    expected = torch.nn.functional.cross_entropy(logits, labels[:, -3:].flatten())
+    assert gap(loss, expected) < 1e-5
+    unhidden = reference(tiny, inputs, torch.zeros_like(labels).bool())[:, -4:-1].flatten(0, 1)
+    assert gap(loss, torch.nn.functional.cross_entropy(unhidden, labels[:, -3:].flatten())) > 1e-3
+
+
+class Nothing(Norms):
+    def select_above(self, visual: VisualTokens, threshold: float) -> Selection:
+        return Selection(torch.zeros_like(visual.mask))
+
+
+def test_a_threshold_may_drop_everything(tiny: Tiny) -> None:
+    inputs = tiny.batch(*BATCH)
+    with prune(tiny.model, Nothing(), threshold=0.5) as pruning:
+        logits = tiny.model(**inputs).logits
+        tokens, steps = generated(tiny, inputs)
+        tiny.model.generate(**inputs, num_beams=2, max_new_tokens=2)
+    assert [[kept.count for kept in row] for row in pruning.kept] == [[0], [0, 0], []]
+    hidden = inputs["input_ids"] == IMAGE
+    assert gap(*aligned(logits, reference(tiny, inputs, hidden), pruning)) < 1e-9
+    expected = reference(tiny, inputs, hidden, tokens[:, :-1])[:, hidden.shape[1] - 1 :]
+    assert gap(steps, expected.float()) < 1e-5
+
+
+def test_a_threshold_keeps_what_is_above_it(tiny: Tiny) -> None:
+    with prune(tiny.model, Norms(), threshold=0.7) as pruning:
+        tiny.model(**tiny.batch(*BATCH))
+    features = tiny.model.model.get_image_features(
+        **{
+            name: value
+            for name, value in tiny.batch(*BATCH).items()
+            if name in ("pixel_values", "image_sizes", "image_grid_thw")
+        },
+        return_dict=True,
+    ).pooler_output
+    pictures = torch.cat(list(features)).split(tiny.counts)
+    for kept, picture in zip(chain(*pruning.kept), pictures, strict=True):
+        norms = picture.norm(dim=-1)
+        assert kept.indices.tolist() == [i for i, norm in enumerate(norms) if norm / norms.max() > 0.7]
+        assert kept.total == len(picture)
+        assert kept.coords.shape == (kept.count, 2)
+
+
+def test_a_text_only_prompt_passes_through(tiny: Tiny) -> None:
+    inputs = tiny.batch([5], [3])
+    plain, sequences = tiny.model(**inputs).logits, tiny.model.generate(**inputs, max_new_tokens=3, do_sample=False)
+    with prune(tiny.model, Norms(), budget=2):
+        assert torch.equal(tiny.model(**inputs).logits, plain)
+        assert torch.equal(tiny.model.generate(**inputs, max_new_tokens=3, do_sample=False), sequences)
+
+
+@torch.enable_grad()
+def test_gradients_reach_the_tower_through_kept_tokens_only(tiny: Tiny) -> None:
+    inputs = tiny.batch(*BATCH)
+    pixels = inputs["pixel_values"].clone().requires_grad_()
+    weight = tiny.model.get_output_embeddings().weight
+    with prune(tiny.model, Norms(), keep_ratio=0.4):
+        tiny.model(**{**inputs, "pixel_values": pixels}).logits.square().sum().backward()
+    assert pixels.grad is not None
+    assert pixels.grad.abs().sum() > 0
+    assert weight.grad is not None
+    tiny.model.zero_grad(set_to_none=True)
+    pixels.grad = None
+    with prune(tiny.model, Nothing(), threshold=0.5):
+        tiny.model(**{**inputs, "pixel_values": pixels}).logits.square().sum().backward()
+    assert pixels.grad is None or not pixels.grad.any()
+    tiny.model.zero_grad(set_to_none=True)
+
+
+def state(model: PreTrainedModel) -> dict[str, Any]:
+    """Every attribute of every module of a model and of its configurations, by identity where that is what counts."""
+    attributes: dict[str, Any] = {}
+    for path, module in model.named_modules():
+        for name, value in module.__dict__.items():
+            if name in ("_forward_hooks", "_forward_pre_hooks", "_forward_hooks_with_kwargs"):
+                value = list(value.items())
+            attributes[f"{path}.{name}"] = value if not isinstance(value, dict) else dict(value)
+        if isinstance(module, PreTrainedModel):
+            attributes[f"{path}.config"] = deepcopy(module.config.__dict__)
+    attributes["generation_config"] = model.generation_config.to_dict()
+    return attributes
+
+
+def test_unpruning_leaves_the_model_as_it_was(tiny: Tiny) -> None:
+    inputs = tiny.batch(*BATCH)
+    tiny.model.generate(**inputs, max_new_tokens=2)
+    before, kind = state(tiny.model), type(tiny.model)
+    plain = tiny.model(**inputs).logits
+    classes = {name: value for base in kind.__mro__ for name, value in base.__dict__.items()}
+    prune(tiny.model, Norms(), budget=2)
+    assert set(state(tiny.model)) - set(before) == {
+        f".{name}" for name in ("forward", "generate", "_expand_inputs_for_generation", HANDLE)
+    }
+    assert type(tiny.model) is kind
+    assert classes == {name: value for base in kind.__mro__ for name, value in base.__dict__.items()}
+    tiny.model.generate(**inputs, max_new_tokens=2)
+    unprune(tiny.model)
+    unprune(tiny.model)
+    after = state(tiny.model)
+    assert set(after) == set(before)
+    for name, value in before.items():
+        if not name.endswith("rope_deltas"):  # which Qwen writes in every call, pruned or not
+            assert after[name] is value or after[name] == value, name
+    assert torch.equal(tiny.model(**inputs).logits, plain)
+
+
+def test_a_method_that_the_instance_had_before_comes_back() -> None:
+    tiny = make("llava")
+    calls = []
+
+    def counted(*args: Any, **kwargs: Any) -> Any:
+        calls.append(1)
+        return type(tiny.model).forward(tiny.model, *args, **kwargs)
+
+    counted.__signature__ = inspect.signature(tiny.model.forward)  # type: ignore[attr-defined]
+    tiny.model.forward = counted
+    with prune(tiny.model, Norms(), budget=2):
+        tiny.model.generate(**tiny.batch(*BATCH), max_new_tokens=3)
+    assert len(calls) == 3
+    assert tiny.model.forward is counted
+
+
+def test_a_copy_is_pruned_by_itself(tiny: Tiny) -> None:
+    model, inputs = make(tiny.name).model, tiny.batch(*BATCH)
+    with prune(model, Norms(), keep_ratio=0.4) as pruning:
+        logits = model(**inputs).logits
+        copy = deepcopy(model)
+    cut, kept = pruning.cut, pruning.kept
+    plain = model(**inputs).logits
+    assert gap(copy(**inputs).logits, logits) == 0
+    with torch.no_grad():
+        copy.get_output_embeddings().weight.zero_()
+    assert not copy(**inputs).logits.any()
+    assert torch.equal(model(**inputs).logits, plain)
+    assert pruning.cut is cut
+    assert pruning.kept is kept
+    unprune(copy)
+    assert copy(**inputs).logits.shape == plain.shape
+
+
+def test_saving_and_loading_a_pruned_model_gives_a_whole_one(tiny: Tiny, tmp_path: Any) -> None:
+    inputs = tiny.batch(*BATCH)
+    plain = tiny.model(**inputs).logits
+    with prune(tiny.model, Norms(), budget=2):
+        tiny.model.save_pretrained(tmp_path)
+    loaded = type(tiny.model).from_pretrained(tmp_path, dtype=torch.float64)
+    assert HANDLE not in loaded.__dict__
+    assert all(map(torch.equal, loaded.state_dict().values(), tiny.model.state_dict().values()))
+    assert gap(loaded(**inputs).logits, plain) < 1e-12
+    with prune(loaded, Norms(), budget=2), prune(tiny.model, Norms(), budget=2):
+        assert gap(loaded(**inputs).logits, tiny.model(**inputs).logits) < 1e-12
+
+
+def test_compact_positions_count_the_short_prompt(tiny: Tiny) -> None:
+    """The language model alone, on the kept embeddings and counted positions, says the same."""
+    inputs = tiny.batch([2, "I", 4])
+    seen: dict[str, Any] = {}
+    language = tiny.model.get_decoder()
+    hook = language.register_forward_pre_hook(lambda m, args, kwargs: seen.update(kwargs), with_kwargs=True)
+    with prune(tiny.model, Norms(), keep_ratio=0.4, positions="compact"):
+        tiny.model(**inputs)
+    hook.remove()
+    length = seen["inputs_embeds"].shape[1]
+    start = 1 if tiny.name == "paligemma" else 0
+    expected = torch.arange(start, start + length)
+    assert (seen["position_ids"] == expected).all()
+
+
+@pytest.mark.parametrize("form", ["keyword", "config"])
+def test_lengths_count_the_whole_prompt(form: str) -> None:
+    tiny = make("llava")
+    inputs = tiny.batch(*BATCH)
+    length = inputs["input_ids"].shape[1]
+    lengths = {"max_length": length + 3, "min_length": length + 3}
+    if form == "config":
+        config = deepcopy(tiny.model.generation_config)
+        config.max_length, config.min_length = length + 3, length + 3
+        lengths = {"generation_config": config}
+    with prune(tiny.model, Norms(), budget=2):
+        assert tiny.model.generate(**inputs, **lengths).shape[1] == length + 3
+        assert tiny.model.generate(inputs.pop("input_ids"), **inputs).shape[1] == length + 20
+    inputs = tiny.batch(*BATCH)
+    with prune(tiny.model, Norms(), budget=2), pytest.raises(ValueError, match=f"max_length {length - 1} leaves no"):
+        tiny.model.generate(**inputs, max_length=length - 1)
+
+
+def test_the_ends_of_a_static_cache_follow_the_short_prompt() -> None:
+    tiny = make("llava")
+    inputs = tiny.batch(*BATCH)
+    caches = {}
+    for name, cache in (("dynamic", DynamicCache()), ("static", StaticCache(tiny.model.config, max_cache_len=24))):
+        with prune(tiny.model, Norms(), budget=2):
+            tokens, logits = generated(tiny, inputs, past_key_values=cache)
+        caches[name] = tokens, logits
+    assert torch.equal(caches["dynamic"][0], caches["static"][0])
+    assert gap(caches["dynamic"][1], caches["static"][1]) < 1e-5
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({}, "exactly one of budget, keep_ratio and threshold; got none"),
+        ({"budget": 3, "keep_ratio": 0.5}, "got budget, keep_ratio"),
+        ({"budget": 0}, "budget 0 is not allowed; at least 1"),
+        ({"keep_ratio": 0.0}, "keep_ratio 0.0 is not allowed; more than 0 and at most 1"),
+        ({"keep_ratio": 1.01}, "keep_ratio 1.01"),
+        ({"threshold": -0.1}, "threshold -0.1 is not allowed; 0 to 1"),
+        ({"threshold": 1.1}, "threshold 1.1"),
+        ({"budget": 1, "positions": "new"}, "positions 'new' is not allowed; 'original' or 'compact'"),
+    ],
+)
+def test_values_that_are_not_allowed(options: dict[str, Any], message: str) -> None:
+    model = make("llava").model
+    with pytest.raises(ValueError, match=message):
+        prune(model, Norms(), **options)
+    assert HANDLE not in model.__dict__
+
+
+class Needy(Norms):
+    needs = frozenset({"text_attention"})
+
+
+class Padder(Norms):
+    def select(self, visual: VisualTokens, budget: Tensor) -> Selection:
+        return Selection(torch.ones_like(visual.mask))
+
+
+class WithoutThreshold:
+    needs: frozenset[str] = frozenset()
+
+    def select(self, visual: VisualTokens, budget: Tensor) -> Selection:
+        return Norms().select(visual, budget)
+
+
+def test_what_cannot_be_pruned() -> None:
+    tiny = make("qwen2_vl")
+    inputs = tiny.batch(*BATCH)
+    with pytest.raises(ValueError, match="unknown model family 'llama'; known: gemma3, idefics3, internvl, llava"):
+        config = LlamaConfig(
+            hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=1, vocab_size=9
+        )
+        prune(LlamaForCausalLM(config), Norms(), budget=1)
+    with pytest.raises(ValueError, match="text_attention"):
+        prune(tiny.model, Needy(), budget=1)
+    with pytest.raises(ValueError, match="threshold needs a selector with probabilities, which WithoutThreshold"):
+        prune(tiny.model, WithoutThreshold(), threshold=0.5)
+    with prune(tiny.model, Norms(), budget=5):
+        with pytest.raises(ValueError, match="pruned already"):
+            prune(tiny.model, Norms(), budget=1)
+        with pytest.raises(ValueError, match="budget 5 is more than a picture's 4 visual tokens"):
+            tiny.model(**inputs)
+        with pytest.raises(ValueError, match="videos"):
+            tiny.model(**inputs, pixel_values_videos=inputs["pixel_values"])
+        with pytest.raises(ValueError, match="shape"):
+            tiny.model(**{**inputs, "attention_mask": inputs["attention_mask"][:, None, None]})
+        with pytest.raises(ValueError, match="logits_to_keep"):
+            tiny.model(**inputs, logits_to_keep=torch.tensor([1]))
+        embeds = tiny.model.get_input_embeddings()(inputs["input_ids"])
+        with pytest.raises(ValueError, match="input_ids"):
+            tiny.model(inputs_embeds=embeds, pixel_values=inputs["pixel_values"])
+        for call in (tiny.model, tiny.model.generate):
+            with pytest.raises(ValueError, match="encoded already"):
+                call(input_ids=inputs["input_ids"], mm_encoder_outputs={"image": [embeds]})
+    with prune(tiny.model, Padder(), budget=1), pytest.raises(ValueError, match="Padder keeps padding"):
+        tiny.model(**inputs)
+
+
+class Watcher(Norms):
+    """Remembers what it was shown."""
+
+    def __init__(self, needs: frozenset[str] = frozenset()) -> None:
+        self.needs, self.seen = needs, []
+
+    def select(self, visual: VisualTokens, budget: Tensor) -> Selection:
+        self.seen.append(visual)
+        return super().select(visual, budget)
+
+
+def test_the_selector_sees_each_picture_with_its_samples_question(tiny: Tiny) -> None:
+    inputs = tiny.batch(*BATCH)
+    watcher = Watcher()
+    template = frozenset(inputs["input_ids"][1][-2:].tolist())
+    with prune(tiny.model, watcher, keep_ratio=0.4, template_ids=template):
+        tiny.model(**inputs)
+        tiny.model.generate(**inputs, max_new_tokens=1)
+    forward, generate = watcher.seen
+    assert forward.mask.sum(1).tolist() == tiny.counts
+    table = tiny.model.get_input_embeddings()
+    for number, row in enumerate([0, 1, 1]):
+        ids = [i for i in inputs["input_ids"][row].tolist() if i not in {*template, IMAGE, PAD}]
+        query = forward.query[number, forward.query_mask[number]]
+        assert torch.equal(query, table(torch.tensor(ids)))
+    for name in ("tokens", "mask", "coords", "query", "query_mask"):
+        assert torch.equal(getattr(forward, name), getattr(generate, name)), name
+
+
+SIGNALLING = ("llava", "llava_next", "llava_onevision", "internvl", "idefics3", "smolvlm", "gemma3", "paligemma")
+
+
+@pytest.mark.parametrize("name", SIGNALLING)
+def test_signals_of_the_tower_are_those_of_the_pictures_alone(name: str) -> None:
+    tiny = make(name)
+    watcher = Watcher(frozenset({"cls_attention", "tower_keys"}))
+    with prune(tiny.model, watcher, keep_ratio=0.4):
+        tiny.model.generate(**tiny.batch(*BATCH), max_new_tokens=2, num_beams=2)
+        assert tiny.model.config.vision_config._attn_implementation == "sdpa"
+        for skip in range(3):
+            tiny.model(**tiny.batch([3, "I", 2], skip=skip))
+    together, *alone = watcher.seen
+    for number, single in enumerate(alone):
+        for signal in watcher.needs:
+            expected = single.signals[signal][0]
+            assert expected.std() > 0
+            assert gap(together.signals[signal][number][: len(expected)], expected) < 1e-6
+
+
+CANARIES: dict[str, tuple[str, ...]] = {
+    "_prepare_position_ids_for_generation": ("inputs_tensor", "model_kwargs"),
+    "_expand_inputs_for_generation": ("expand_size", "is_encoder_decoder", "input_ids", "model_kwargs"),
+    "_expand_multimodal_outputs": ("input_ids", "mm_encoder_output", "expand_size"),
+    "_prepare_multimodal_encoder_kwargs_for_generation": ("model_kwargs",),
+    "_update_model_kwargs_for_generation": ("outputs", "model_kwargs"),
+    "_prefill": ("input_ids", "generation_config", "model_kwargs"),
+}
+
+
+@pytest.mark.parametrize("method", CANARIES)
+def test_private_methods_of_transformers_are_where_they_were(method: str) -> None:
+    """If this fails, transformers moved what ``tprl.lvlm.prune`` stands on; the name of the test says what."""
+    assert hasattr(GenerationMixin, method), f"transformers has no GenerationMixin.{method} any more"
+    parameters = inspect.signature(getattr(GenerationMixin, method)).parameters
+    missing = [name for name in CANARIES[method] if name not in parameters]
+    assert not missing, f"GenerationMixin.{method} lost {missing}; it has {list(parameters)}"
+
+
+def test_the_models_still_take_encoded_pictures(tiny: Tiny) -> None:
+    parameters = inspect.signature(tiny.model.forward).parameters
+    assert "mm_encoder_outputs" in parameters, f"{type(tiny.model).__name__}.forward lost mm_encoder_outputs"
+    with prune(tiny.model, Norms(), budget=1):
+        assert inspect.signature(tiny.model.forward).parameters == parameters
+    assert hasattr(tiny.model.base_model, "get_image_features")
+    assert set(pruning_module._REPLACEMENTS) == {"forward", "generate", "_expand_inputs_for_generation"}

@@ -4,6 +4,7 @@ A prompt is written as a list: a number stands for so many random text tokens, `
 families that take any size differ in size, so batches are ragged.
 """
 
+from copy import deepcopy
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -27,7 +28,14 @@ IMAGE, VIDEO, START, END, BREAK, FAKE, GLOBAL, TILE, PAD, VOCAB = 60, 61, 50, 51
 Prompt = list[int | str]
 
 _SMALL = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
-_TEXT = {**_SMALL, "num_key_value_heads": 1, "vocab_size": VOCAB, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
+_TEXT = {
+    **_SMALL,
+    "num_key_value_heads": 1,
+    "vocab_size": VOCAB,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "pad_token_id": 0,
+}
 _MROPE = {"rope_type": "default", "mrope_section": [1, 1, 2], "rope_theta": 100.0}
 
 
@@ -196,7 +204,7 @@ class Tiny:
                 pixels[index, :, :height, :width] = noise(number, 3, height, width)
             self.counts = [rows * columns for rows, columns in grids]
             rows_of = [([IMAGE] * columns + [BREAK]) * rows for rows, columns in grids]
-            return {"pixel_values": pixels, "image_sizes": torch.tensor(sizes)}, [ids[:-1] + [END] for ids in rows_of]
+            return {"pixel_values": pixels, "image_sizes": torch.tensor(sizes)}, [[*ids[:-1], END] for ids in rows_of]
         if self.name in ("llava_next", "llava_onevision"):
             sizes = [[(24, 20), (14, 24), (10, 24)][number % 3] for number in numbers]
             crops = [[5, 5, 3][number % 3] for number in numbers]
@@ -229,10 +237,12 @@ class Tiny:
 
 def make(name: str, dtype: torch.dtype = torch.float64, attention: str = "sdpa", seed: int = 0) -> Tiny:
     """A random model whose attention is far from uniform, in evaluation mode."""
-    config = AutoConfig.for_model("llava" if name == "pixtral" else name, **CONFIGS[name], tie_word_embeddings=False)
-    model = AutoModelForImageTextToText.from_config(config, attn_implementation=attention)
+    kind = "llava" if name == "pixtral" else name
+    config = AutoConfig.for_model(kind, **deepcopy(CONFIGS[name]), tie_word_embeddings=False)
     generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
+    with torch.random.fork_rng(), torch.no_grad():
+        torch.manual_seed(seed)
+        model = AutoModelForImageTextToText.from_config(config, attn_implementation=attention)
         for parameter in model.parameters():
             noise = torch.randn(parameter.shape, generator=generator)
             if parameter.ndim > 1:

@@ -1,0 +1,1 @@
+"""The only place that knows the model families of transformers: encode pictures, prune models, undo it."""

@@ -6,7 +6,7 @@ To add a family, add a row to ``FAMILIES``; if its vision tower is new and can g
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from math import isqrt, sqrt
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -39,6 +39,7 @@ class Family:
         tower: the vision tower, as a path from the model.
         names_layer: whether ``config.vision_feature_layer`` says which layer's features are used, else the last.
         first_position: position id of a prompt's first token in ``forward``.
+        around: what the processor puts before and after a picture's visual tokens; None where they are not one run.
     """
 
     name: str
@@ -49,6 +50,7 @@ class Family:
     tower: str = "model.vision_tower"
     names_layer: bool = False
     first_position: int = 0
+    around: tuple[str, str] | None = ("", "")
 
 
 @dataclass(frozen=True)
@@ -205,30 +207,30 @@ def _pack_anyres(model: PreTrainedModel, patches: Tensor, inputs: Mapping[str, A
         option = {"vision_feature_select_strategy": config.vision_feature_select_strategy}
     else:
         option = {"vision_aspect_ratio": inputs.get("vision_aspect_ratio") or config.vision_aspect_ratio}
-    packed, _ = model.base_model.pack_image_features(patches.split(crops), sizes, image_newline=newline, **option)
+    packed, _ = cast(Any, model.base_model).pack_image_features(
+        patches.split(crops), sizes, image_newline=newline, **option
+    )
     return torch.cat(list(packed))
 
 
-_QWEN = {"vision_inputs": ("pixel_values", "image_grid_thw"), "tower": "model.visual"}
-_ANYRES = {
-    "vision_inputs": ("pixel_values", "image_sizes", "vision_aspect_ratio", "batch_num_images"),
-    "names_layer": True,
-}
-_TILED = {"vision_inputs": ("pixel_values", "pixel_attention_mask"), "tower": "model.vision_model"}
+_QWEN_INPUTS = ("pixel_values", "image_grid_thw")
+_ANYRES_INPUTS = ("pixel_values", "image_sizes", "vision_aspect_ratio", "batch_num_images")
+_TILED_INPUTS = ("pixel_values", "pixel_attention_mask")
+_SIZED_INPUTS = ("pixel_values", "image_sizes")
 
 FAMILIES: dict[str, Family] = {
-    "llava": Family("LLaVA-1.5", list, _llava, _blocks, ("pixel_values", "image_sizes"), names_layer=True),
-    "llava_next": Family("LLaVA-NeXT", list, _anyres, _pack_anyres, **_ANYRES),
-    "llava_onevision": Family("LLaVA-OneVision", list, _anyres, _pack_anyres, **_ANYRES),
-    "qwen2_vl": Family("Qwen2-VL", tuple, _qwen, **_QWEN),
-    "qwen2_5_vl": Family("Qwen2.5-VL", tuple, _qwen, **_QWEN),
-    "qwen3_vl": Family("Qwen3-VL", tuple, _qwen, **_QWEN),
-    "internvl": Family("InternVL", Tensor, _internvl, _blocks, names_layer=True),
-    "idefics3": Family("Idefics3", list, _tiled, _blocks, **_TILED),
-    "smolvlm": Family("SmolVLM", list, _tiled, _blocks, **_TILED),
-    "gemma3": Family("Gemma3", Tensor, _square, _blocks),
+    "llava": Family("LLaVA-1.5", list, _llava, _blocks, _SIZED_INPUTS, names_layer=True),
+    "llava_next": Family("LLaVA-NeXT", list, _anyres, _pack_anyres, _ANYRES_INPUTS, names_layer=True),
+    "llava_onevision": Family("LLaVA-OneVision", list, _anyres, _pack_anyres, _ANYRES_INPUTS, names_layer=True),
+    "qwen2_vl": Family("Qwen2-VL", tuple, _qwen, None, _QWEN_INPUTS, "model.visual"),
+    "qwen2_5_vl": Family("Qwen2.5-VL", tuple, _qwen, None, _QWEN_INPUTS, "model.visual"),
+    "qwen3_vl": Family("Qwen3-VL", tuple, _qwen, None, _QWEN_INPUTS, "model.visual"),
+    "internvl": Family("InternVL", Tensor, _internvl, _blocks, names_layer=True, around=("<img>", "</img>")),
+    "idefics3": Family("Idefics3", list, _tiled, _blocks, _TILED_INPUTS, "model.vision_model", around=None),
+    "smolvlm": Family("SmolVLM", list, _tiled, _blocks, _TILED_INPUTS, "model.vision_model", around=None),
+    "gemma3": Family("Gemma3", Tensor, _square, _blocks, around=("\n\n<start_of_image>", "<end_of_image>\n\n")),
     "paligemma": Family("PaliGemma", Tensor, _square, _blocks, first_position=1),
-    "mistral3": Family("Mistral3", tuple, _mistral, vision_inputs=("pixel_values", "image_sizes"), names_layer=True),
+    "mistral3": Family("Mistral3", tuple, _mistral, None, _SIZED_INPUTS, names_layer=True, around=None),
 }
 """By ``config.model_type``."""
 

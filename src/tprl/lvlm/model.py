@@ -5,7 +5,7 @@ import inspect
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, cast
 
 import torch
 from PIL import Image
@@ -55,7 +55,7 @@ class Lvlm:
         cls, name_or_path: str, dtype: str | torch.dtype = "auto", device: str | torch.device = "cpu"
     ) -> "Lvlm":
         """Load the model and the processor that stand at a path or on the Hub."""
-        model = AutoModelForImageTextToText.from_pretrained(name_or_path, dtype=dtype)
+        model: Any = AutoModelForImageTextToText.from_pretrained(name_or_path, dtype=dtype)
         return cls(model.to(device), AutoProcessor.from_pretrained(name_or_path))
 
     @property
@@ -115,13 +115,17 @@ class Lvlm:
                 with what it is without an answer. None: the prompt alone, ready for generation.
 
         Raises:
-            ValueError: the template does not show one picture, or rewrites the prompt once an answer follows.
+            ValueError: the template does not show one picture, or rewrites the prompt once an answer follows; or the
+                family breaks a picture's tokens into several runs.
         """
-        tokenizer = self._tokenizer()
+        tokenizer, image = self._tokenizer(), self._image_token
+        if self.family.around is None or self.model.config.vision_config.model_type == "pixtral":
+            raise ValueError(f"the visual tokens of {self.family.name} do not stand in one run")
         user = {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": question}]}
-        prompt = self._processor().apply_chat_template([user], add_generation_prompt=True, tokenize=False)
+        prompt = self._chat([user], add_generation_prompt=True)
+        shown = prompt.replace(self._placeholder, image.join(self.family.around))
         bos = tokenizer.bos_token is not None and prompt.startswith(tokenizer.bos_token)
-        ids = tokenizer(prompt, add_special_tokens=not bos)["input_ids"]
+        ids = tokenizer(shown, add_special_tokens=not bos)["input_ids"]
         places = [place for place, token in enumerate(ids) if token == self.model.config.image_token_id]
         if len(places) != 1:
             raise ValueError(f"the chat template shows {len(places)} pictures instead of 1: {prompt!r}")
@@ -129,7 +133,7 @@ class Lvlm:
         if answer is None:
             return before, after
         turn = {"role": "assistant", "content": [{"type": "text", "text": answer}]}
-        whole = self._processor().apply_chat_template([user, turn], tokenize=False).rstrip()
+        whole = self._chat([user, turn], add_generation_prompt=False).rstrip()
         if not whole.startswith(prompt):
             raise ValueError(f"the chat template rewrites the prompt {prompt!r} when an answer follows: {whole!r}")
         return before, after + tokenizer(whole.removeprefix(prompt), add_special_tokens=False)["input_ids"]
@@ -148,7 +152,17 @@ class Lvlm:
     @property
     def _placeholder(self) -> str:
         """The text that stands for one picture before the processor expands it."""
-        return self._tokenizer().convert_ids_to_tokens(self.model.config.image_token_id)
+        return str(cast(Any, self._processor()).image_token)
+
+    @property
+    def _image_token(self) -> str:
+        """The text of one visual token's placeholder."""
+        return str(self._tokenizer().convert_ids_to_tokens(self.model.config.image_token_id))
+
+    def _chat(self, messages: list[Any], add_generation_prompt: bool) -> str:
+        return self._processor().apply_chat_template(
+            messages, add_generation_prompt=add_generation_prompt, tokenize=False
+        )
 
     def _processor(self) -> ProcessorMixin:
         if self.processor is None:
@@ -167,7 +181,7 @@ def encode(
     Args:
         inputs: what ``forward`` takes, with the pictures and ``input_ids``.
     """
-    encoder = model.base_model.get_image_features
+    encoder = cast(Any, model.base_model).get_image_features
     taken = inspect.signature(encoder).parameters
     with recorded_tower(model, signals) as patches:
         output = encoder(**{name: value for name, value in inputs.items() if name in taken}, return_dict=True)

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import cast
 
 from torch import Tensor, nn
 from transformers import PreTrainedModel
@@ -29,14 +30,15 @@ def recorded_tower(model: PreTrainedModel, names: frozenset[str]) -> Iterator[di
     if not names <= TOWER_SIGNALS:
         unknown = sorted(names - TOWER_SIGNALS)
         raise ValueError(f"signals {unknown} do not come from a vision tower; {sorted(TOWER_SIGNALS)} do")
-    tower = model.get_submodule(family.tower)
+    tower = cast(PreTrainedModel, model.get_submodule(family.tower))
     if family.pack is None or tower.config.model_type not in TOWERS:
         raise ValueError(
             f"{family.name} with the tower {tower.config.model_type!r} gives no signals, asked for {sorted(names)}; "
             f"towers that do: {', '.join(sorted(TOWERS))}"
         )
     facts = TOWERS[tower.config.model_type]
-    attention = tower.get_submodule(facts.layers)[_used_layer(model, family)].get_submodule(facts.attention)
+    layers = cast(nn.ModuleList, tower.get_submodule(facts.layers))
+    attention = layers[_used_layer(model, family)].get_submodule(facts.attention)
     skip = int(facts.has_cls)
     recorded: dict[str, Tensor] = {}
 

@@ -1,0 +1,42 @@
+"""Samples and where they come from."""
+
+from pathlib import Path
+
+from tprl.data.easy_vqa import EasyVqa
+from tprl.data.jsonl import Jsonl
+from tprl.data.sample import Source
+from tprl.data.scenes import Scenes
+
+
+def load_source(
+    name: str, split: str, n: int | None = None, skip_bad: bool = False, images: Path | None = None
+) -> Source:
+    """The samples called ``name``.
+
+    Args:
+        name: "scenes", "easy-vqa", or the path of a JSONL file (see ``tprl.data.jsonl``).
+        split: "train", "val" or "test".
+        n: at most so many samples, at least 1; None for all. Scenes never end, so there it has to be given.
+        skip_bad: of a JSONL file, leave out records that cannot be read.
+        images: of a JSONL file, the picture folder; None is the folder of the file.
+
+    Raises:
+        ValueError: unknown name or split, an ``n`` below 1 or missing, or ``images`` without a JSONL file.
+        DataError: a record of a JSONL file cannot be read.
+    """
+    if n is not None and n < 1:
+        raise ValueError(f"the number of samples has to be at least 1, got {n}")
+    if name.endswith(".jsonl"):
+        return Jsonl(Path(name), split, n, images, skip_bad)
+    if images is not None:
+        raise ValueError(f"a picture folder ({images}) goes with a .jsonl file only, not with {name!r}")
+    if name == "easy-vqa":
+        return EasyVqa(split, n)
+    if name == "scenes":
+        if n is None:
+            raise ValueError("scenes never end: say how many samples are wanted")
+        return Scenes(split, n)
+    raise ValueError(f"data {name!r} is not 'scenes', 'easy-vqa' or the path of a .jsonl file")
+
+
+__all__ = ["load_source"]

@@ -1,0 +1,178 @@
+"""JSONL files, good and bad."""
+
+import json
+import warnings
+from pathlib import Path
+from typing import Any
+
+import pytest
+from PIL import Image
+
+from tprl.data import load_source
+from tprl.data.jsonl import Jsonl, read_image
+from tprl.data.sample import DataError
+from tprl.scoring import parse_box, score
+
+GOOD = {"image": "a.png", "question": "What?", "answer": "dog"}
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """Good pictures a.png and b.jpg, a truncated one of each kind, an empty one and one that is text."""
+    noise = Image.effect_noise((64, 48), 80).convert("RGB")
+    noise.save(tmp_path / "a.png")
+    noise.save(tmp_path / "b.jpg")
+    for name in ("a.png", "b.jpg"):
+        whole = (tmp_path / name).read_bytes()
+        (tmp_path / f"cut-{name}").write_bytes(whole[: len(whole) // 2])
+    (tmp_path / "empty.png").write_bytes(b"")
+    (tmp_path / "text.png").write_text("not a picture")
+    return tmp_path
+
+
+def write(folder: Path, *records: Any) -> Path:
+    path = folder / "data.jsonl"
+    path.write_text("".join((r if isinstance(r, str) else json.dumps(r)) + "\n" for r in records))
+    return path
+
+
+def test_reads_every_kind_of_record(folder: Path) -> None:
+    box = {"image": "b.jpg", "question": "Where?", "box": [100, 200, 300, 400], "box_scale": 1000}
+    named = {"image": "a.png", "question": " Who? ", "answers": ["Ann", "Ann", "Bob"], "family": "who", "id": "q7"}
+    source = Jsonl(write(folder, GOOD, "", box, named), "test")
+    assert [(s.sample_id, s.image_id, s.question, s.answers, s.family) for s in source.samples] == [
+        ("1", "a.png", "What?", ("dog",), "all"),
+        ("3", "b.jpg", "Where?", ("100 200 300 400",), "all"),
+        ("q7", "a.png", "Who?", ("Ann", "Ann", "Bob"), "who"),
+    ]
+    assert source.samples[1].box == (0.1, 0.2, 0.3, 0.4)
+    assert source.image("a.png").size == (64, 48)
+    assert (source.name, source.split, source.skipped) == ("data.jsonl", "test", [])
+
+
+@pytest.mark.parametrize(("box", "scale"), [([0.1, 0.2, 0.3, 0.4], 1), ([1e-05, 0, 0.5, 1], 1), ([3, 5, 24, 24.0], 24)])
+def test_box_as_an_answer_is_the_box(folder: Path, box: list[float], scale: float) -> None:
+    record = {"image": "a.png", "question": "Where?", "box": box, "box_scale": scale}
+    (sample,) = Jsonl(write(folder, record), "test").samples
+    assert parse_box(sample.answers[0], sample.box_scale) == pytest.approx(sample.box)
+    assert score(sample, sample.answers[0]) == pytest.approx(1)
+
+
+WITHOUT = {"image": "a.png", "question": "What?"}
+BAD: dict[str, tuple[Any, str]] = {
+    "no JSON": ('{"image": ', "not JSON"),
+    "a list": ([1], "JSON object"),
+    "unknown field": ({**GOOD, "colour": "red"}, r"unknown fields \['colour'\]"),
+    "no image": ({"question": "What?", "answer": "dog"}, "'image' is missing"),
+    "no question": ({"image": "a.png", "answer": "dog"}, "'question' is missing"),
+    "no answer": (WITHOUT, "one of 'answer', 'answers' and 'box'"),
+    "two answers": ({**GOOD, "box": [0, 0, 1, 1]}, "one of 'answer', 'answers' and 'box'"),
+    "empty question": ({**GOOD, "question": " "}, "'question' has to be a text"),
+    "empty answer": ({**GOOD, "answer": ""}, "'answer' has to be a text"),
+    "a number as answer": ({**GOOD, "answer": 3}, "'answer' has to be a text"),
+    "no answers": ({**WITHOUT, "answers": []}, "list of texts"),
+    "an empty one of the answers": ({**WITHOUT, "answers": ["dog", ""]}, "list of texts"),
+    "text as answers": ({**WITHOUT, "answers": "dog"}, "list of texts"),
+    "number as family": ({**GOOD, "family": 1}, "'family' has to be a text"),
+    "box in pixels": ({**WITHOUT, "box": [10, 10, 40, 40]}, "is not 0 <= left < right <= 1"),
+    "inverted box": ({**WITHOUT, "box": [0.5, 0, 0.4, 1]}, "is not 0 <= left < right <= 1"),
+    "flat box": ({**WITHOUT, "box": [0.5, 0.1, 0.6, 0.1]}, "is not 0 <= left < right <= 1"),
+    "negative box": ({**WITHOUT, "box": [-0.1, 0, 0.4, 1]}, "is not 0 <= left < right <= 1"),
+    "box of three": ({**WITHOUT, "box": [0, 0, 1]}, "four numbers"),
+    "box of NaN": ('{"image": "a.png", "question": "?", "box": [0, 0, NaN, 1]}', "four numbers"),
+    "box of truths": ({**WITHOUT, "box": [False, False, True, True]}, "four numbers"),
+    "box scale 0": ({**WITHOUT, "box": [0, 0, 1, 1], "box_scale": 0}, "above 0, got 0"),
+    "box scale alone": ({**GOOD, "box_scale": 5}, "of no use without 'box'"),
+    "id taken": ({**GOOD, "id": "1"}, "id '1' is taken by line 1"),
+    "missing picture": ({**GOOD, "image": "no.png"}, "there is no picture .*no.png"),
+    "folder as picture": ({**GOOD, "image": "."}, "there is no picture"),
+    "empty picture": ({**GOOD, "image": "empty.png"}, r"empty.png is empty \(zero bytes\)"),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_bad_record_stops_with_file_and_line(folder: Path, case: str) -> None:
+    record, message = BAD[case]
+    path = write(folder, GOOD, record, GOOD)
+    with pytest.raises(DataError, match=f"data.jsonl:2: .*{message}"):
+        Jsonl(path, "test")
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_bad_record_is_counted_and_said(folder: Path, case: str) -> None:
+    record, _ = BAD[case]
+    path = write(folder, GOOD, record, GOOD)
+    with pytest.warns(UserWarning, match="skipped 1 bad records: .*data.jsonl:2: "):
+        source = Jsonl(path, "test", skip_bad=True)
+    assert [sample.sample_id for sample in source.samples] == ["1", "3"]
+    assert len(source.skipped) == 1 and "data.jsonl:2: " in source.skipped[0]
+
+
+def test_bytes_that_are_no_text(folder: Path) -> None:
+    path = folder / "data.jsonl"
+    path.write_bytes(b'{"image": "a.png", "question": "\xff?", "answer": "b"}\n')
+    with pytest.raises(DataError, match=r"data\.jsonl:1: not JSON"):
+        Jsonl(path, "test")
+
+
+@pytest.mark.parametrize("name", ["cut-a.png", "cut-b.jpg", "text.png"])
+def test_broken_picture(folder: Path, name: str) -> None:
+    """Named with its line when it is used; with ``skip_bad`` gone from the samples before."""
+    path = write(folder, GOOD, {**GOOD, "image": name})
+    with pytest.raises(DataError, match=f"data.jsonl:2: cannot read picture .*{name}"):
+        Jsonl(path, "test").image(name)
+    with pytest.warns(UserWarning, match="skipped 1"):
+        source = Jsonl(path, "test", skip_bad=True)
+    assert [sample.image_id for sample in source.samples] == ["a.png"]
+
+
+def test_nothing_to_say_when_all_is_well(folder: Path) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert Jsonl(write(folder, GOOD), "test", skip_bad=True).skipped == []
+
+
+def test_pictures_in_another_folder_and_first_n(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
+    path = write(tmp_path_factory.mktemp("elsewhere"), GOOD, GOOD, {**GOOD, "image": "no.png"})
+    assert len(load_source(str(path), "test", 2, images=folder).samples) == 2
+    with pytest.raises(DataError, match="there is no picture"):
+        load_source(str(path), "test", 2)
+    with pytest.raises(ValueError, match=r"goes with a \.jsonl file only"):
+        load_source("scenes", "test", 2, images=folder)
+
+
+def test_missing_files(folder: Path) -> None:
+    with pytest.raises(DataError, match="there is no file"):
+        Jsonl(folder / "no.jsonl", "test")
+    with pytest.raises(DataError, match="there is no picture folder"):
+        Jsonl(write(folder, GOOD), "test", images=folder / "no")
+    with pytest.raises(DataError, match="no sample for split 'test' among its 0"):
+        Jsonl(write(folder), "test")
+    with pytest.raises(ValueError, match="'dev' is not one of"):
+        Jsonl(write(folder, GOOD), "dev")
+
+
+def test_train_and_val_divide_the_pictures(folder: Path) -> None:
+    records = []
+    for number in range(30):
+        Image.new("RGB", (4, 4)).save(folder / f"{number}.png")
+        records += [{**GOOD, "image": f"{number}.png"}] * 2
+    path = write(folder, *records)
+    parts = {split: Jsonl(path, split).samples for split in ("train", "val", "test")}
+    pictures = {split: {sample.image_id for sample in samples} for split, samples in parts.items()}
+    assert (len(pictures["train"]), len(pictures["val"]), len(parts["val"])) == (27, 3, 6)
+    assert not pictures["train"] & pictures["val"]
+    assert len(parts["test"]) == 60
+    reordered = write(folder, *records[::-1])
+    assert {sample.image_id for sample in Jsonl(reordered, "val").samples} == pictures["val"]
+    with pytest.raises(DataError, match="no sample for split 'train' among its 1"):
+        Jsonl(write(folder, GOOD), "train")
+
+
+def test_read_image_is_upright_rgb(folder: Path) -> None:
+    picture = Image.new("RGBA", (8, 4), (255, 0, 0, 255))
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    picture.save(folder / "turned.png", exif=exif)
+    read = read_image(folder / "turned.png")
+    assert (read.mode, read.size, read.getpixel((0, 0))) == ("RGB", (4, 8), (255, 0, 0))

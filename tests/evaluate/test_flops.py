@@ -1,0 +1,191 @@
+"""FLOPs against hand-written formulas, published figures, and real forward passes of every family."""
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from tprl.evaluate.flops import (
+    PRESETS,
+    encoded_by,
+    kv_cache_mib,
+    load_config,
+    lvlm_flops,
+    module_flops,
+    text_tokens_at,
+)
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "lvlm"))
+from tiny import NAMES, make
+
+
+def llama(length: int, width: int, inner: int, layers: int, vocabulary: int) -> int:
+    """Prefill of a Llama without grouped heads: four projections, scores and values, three matrices, one head."""
+    projections = 4 * 2 * length * width * width
+    attention = 2 * 2 * length * length * width
+    mlp = 3 * 2 * length * width * inner
+    return layers * (projections + attention + mlp) + 2 * width * vocabulary
+
+
+def clip(patches: int, patch: int, width: int, inner: int, layers: int) -> int:
+    length = patches + 1
+    layer = 4 * 2 * length * width**2 + 4 * length**2 * width + 2 * 2 * length * width * inner
+    return 2 * patches * 3 * patch**2 * width + layers * layer
+
+
+@pytest.mark.parametrize(("name", "width", "inner", "layers"), [
+    ("llava-1.5-7b", 4096, 11008, 32), ("llava-1.5-13b", 5120, 13824, 40),
+])  # fmt: skip
+def test_llava_is_the_formula(name: str, width: int, inner: int, layers: int) -> None:
+    config = load_config(name)
+    for visual in (576, 192):
+        flops = lvlm_flops(config, visual, 64)
+        assert flops.vision == clip(576, 14, 1024, 4096, 24)
+        assert flops.projector == 2 * 576 * (1024 * width + width * width)
+        assert flops.language == pytest.approx(llama(visual + 64, width, inner, layers, 32064), rel=1e-6)
+
+
+def test_published_figures() -> None:
+    llava, qwen = load_config("llava-1.5-7b"), load_config("qwen2.5-vl-7b")
+    unpruned, pruned = lvlm_flops(llava, 576, 64), lvlm_flops(llava, 192, 64)
+    assert unpruned.total == pytest.approx(8.910e12, rel=1e-3)
+    assert pruned.total == pytest.approx(3.756e12, rel=1e-3)
+    assert pruned.saved(unpruned) == pytest.approx(0.578, abs=1e-3)
+    assert lvlm_flops(qwen, 1296, 64, encoded_tokens=1296).language == pytest.approx(18.49e12, rel=1e-3)
+    assert lvlm_flops(qwen, 432, 64, encoded_tokens=1296).language == pytest.approx(6.57e12, rel=1e-3)
+
+
+def test_text_length_at_which_the_papers_figure_holds() -> None:
+    config = load_config("llava-1.5-7b")
+    length = text_tokens_at(config, 192, 0.542)
+    assert length == 110
+    saved = [lvlm_flops(config, 192, text).saved(lvlm_flops(config, 576, text)) for text in (length, length + 1)]
+    assert saved[0] >= 0.542 > saved[1]
+    with pytest.raises(ValueError, match=r"from 576 to 192 saves less than 90\.0%"):
+        text_tokens_at(config, 192, 0.9)
+    with pytest.raises(ValueError, match="between 0 and 1, got 0"):
+        text_tokens_at(config, 192, 0)
+
+
+def test_presets_are_the_models_that_they_name() -> None:
+    """By parameters, in billions, as their makers state them."""
+    from transformers import AutoModelForImageTextToText
+
+    stated = {"llava-1.5-7b": 7.06, "llava-1.5-13b": 13.35, "qwen2.5-vl-3b": 3.75, "qwen2.5-vl-7b": 8.29}
+    assert stated.keys() == PRESETS.keys()
+    for name, billions in stated.items():
+        with torch.device("meta"):
+            model = AutoModelForImageTextToText.from_config(load_config(name))
+        assert sum(parameter.numel() for parameter in model.parameters()) / 1e9 == pytest.approx(billions, abs=0.006)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_family_as_it_runs(name: str) -> None:
+    """A prompt with one picture on the CPU, with weights, then four tokens with a cache, and the tower alone."""
+    tiny = make(name, torch.float32, "eager")
+    model, config = tiny.model, tiny.model.config
+    inputs = tiny.batch([3, "I", 4])
+    if "pixtral" in config.vision_config.model_type:  # without the padding of a batch
+        height, width = inputs["image_sizes"][0].tolist()
+        inputs["pixel_values"] = inputs["pixel_values"][..., :height, :width]
+    visual, length = tiny.counts[0], inputs["input_ids"].shape[1]
+    encoded = 5 * 9 if "image_grid_pinpoints" in config.to_dict() else visual
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        cache = model(**inputs, logits_to_keep=1, use_cache=True).past_key_values
+    flops = lvlm_flops(config, visual, length - visual, encoded_tokens=encoded)
+    assert flops.total == counter.get_total_flops()
+    stored = sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)
+    assert kv_cache_mib(config, length, 4) == pytest.approx(stored / 2**20)
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        model.generate(**inputs, max_new_tokens=4, do_sample=False)
+    assert lvlm_flops(config, visual, length - visual, None, 4, encoded).total == counter.get_total_flops()
+    pictures = {key: value for key, value in inputs.items() if key.startswith(("pixel", "image"))}
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        model.model.get_image_features(**pictures)
+    assert flops.vision + flops.projector == counter.get_total_flops()
+    ends = ("Projector", "Connector", "Transformer.merger", "PretrainedModel.merger", "VisionModel.merger")
+    projector = [m for m in counter.get_flop_counts() if m.endswith(ends) or "deepstack_merger_list" in m]
+    outermost = [m for m in projector if m.count(".") < 3]
+    assert flops.projector == sum(sum(counter.get_flop_counts()[m].values()) for m in outermost) > 0
+
+
+def test_tower_always_sees_all_and_attention_is_counted() -> None:
+    config = load_config("llava-1.5-7b")
+    few, many = lvlm_flops(config, 1, 64), lvlm_flops(config, 576, 64)
+    assert (few.vision, few.projector) == (many.vision, many.projector)
+    lengths = torch.tensor([100, 200, 300])
+    costs = [lvlm_flops(config, int(length) - 1, 1).language for length in lengths]
+    assert costs[2] - 2 * costs[1] + costs[0] == 32 * 2 * 2 * 4096 * 2 * 100**2  # the second difference of b * L**2
+
+
+def test_pruning_inside_the_model() -> None:
+    config = load_config("llava-1.5-7b")
+    whole, half = lvlm_flops(config, 576, 64), lvlm_flops(config, 288, 64)
+    assert lvlm_flops(config, 576, 64, [576] * 32) == whole
+    mixed = lvlm_flops(config, 576, 64, [576] * 2 + [288] * 30)
+    expected = half.language + (whole.language - half.language) * 2 / 32
+    assert mixed.language == pytest.approx(expected, rel=1e-5)
+    assert half.total < mixed.total < whole.total
+    with pytest.raises(ValueError, match="32 counts"):
+        lvlm_flops(config, 576, 64, [576] * 31)
+
+
+def test_bad_counts_and_configs(tmp_path: Path) -> None:
+    llava, qwen = load_config("llava-1.5-7b"), load_config("qwen2.5-vl-3b")
+    for counts in ((-1, 1), (1, 0)):
+        with pytest.raises(ValueError, match="need visual_tokens >= 0, text_tokens >= 1"):
+            lvlm_flops(llava, *counts)
+    with pytest.raises(ValueError, match="576 tokens of a picture"):
+        lvlm_flops(llava, 1, 1, encoded_tokens=577)
+    with pytest.raises(ValueError, match=r"Qwen2\.5-VL takes pictures of any size"):
+        lvlm_flops(qwen, 1, 1)
+    with pytest.raises(ValueError, match="unknown model family 'llama'"):
+        lvlm_flops(llava.text_config, 1, 1)
+    assert encoded_by(llava) == 576
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps(PRESETS["llava-1.5-7b"]))
+    assert lvlm_flops(load_config(str(path)), 192, 64) == lvlm_flops(llava, 192, 64)
+    for text in ("{", "[]", "{}", '{"model_type": "none"}'):
+        path.write_text(text)
+        with pytest.raises(ValueError, match=r"is no config\.json"):
+            load_config(str(path))
+
+
+def test_two_pictures_cost_the_tower_twice() -> None:
+    config = load_config("llava-1.5-7b")
+    one, two = lvlm_flops(config, 64, 64), lvlm_flops(config, 64, 64, encoded_tokens=1152)
+    assert (two.vision, two.projector, two.language) == (2 * one.vision, 2 * one.projector, one.language)
+
+
+def test_cache_of_llava_7b() -> None:
+    assert kv_cache_mib(load_config("llava-1.5-7b"), 640, 2) == 2 * 32 * 4096 * 640 * 2 / 2**20
+    assert kv_cache_mib(load_config("qwen2.5-vl-7b"), 100, 2) == 2 * 28 * 4 * 128 * 100 * 2 / 2**20
+
+
+class Attention(nn.Module):
+    """A transformer layer and a method that looks at the values of its mask."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.TransformerEncoderLayer(16, 4, 32, batch_first=True)
+
+    def forward(self, states: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+        if not bool(mask.any()):
+            raise ValueError("nothing to see")
+        return self.layer(states, src_key_padding_mask=~mask)
+
+    def twice(self, states: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+        return self(self(states, mask), mask)
+
+
+def test_module_flops_counts_attention_too() -> None:
+    module = Attention()
+    states, mask = torch.zeros(2, 10, 16), torch.ones(2, 10, dtype=torch.bool)
+    expected = 2 * (4 * 2 * 10 * 16**2 + 2 * 2 * 10**2 * 16 + 2 * 2 * 10 * 16 * 32)
+    assert module_flops(module, states, mask) == expected
+    assert module_flops(module, states, mask, method="twice") == 2 * expected
+    assert not next(module.parameters()).is_meta and module.training

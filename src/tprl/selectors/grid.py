@@ -29,7 +29,8 @@ class Random:
         places = places + torch.arange(visual.query.shape[-1], device=budget.device)
         bits = visual.query.float().contiguous().view(torch.int32).long()
         question = (bits * _mix(places)).masked_fill(~visual.query_mask[..., None], 0).sum((1, 2))
-        row = _mix(_mix(visual.mask.sum(1) + self.seed * _GOLDEN) + question)
+        count = visual.mask.sum(1)
+        row = _mix(_mix(count + torch.full_like(count, self.seed) * _GOLDEN) + question)
         draw = _mix(row[:, None] + visual.mask.cumsum(1) * _GOLDEN)
         return Selection(top((draw & 0xFFFFFF).float(), visual.mask, budget))
 

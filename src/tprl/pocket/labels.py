@@ -37,14 +37,14 @@ class Slot:
     own_direction: bool = False
     context: bool = False
     weight: float = 1.0
-    gain: float = 0.7
+    gain: float = 0.6
 
 
 _DIGITS = tuple("0123456789")
 _EDGES = ("left", "top", "right", "bottom")
 
 SLOTS = (
-    Slot("kind", tuple(KINDS), own_direction=True, weight=4.0, gain=4.0),
+    Slot("kind", tuple(KINDS), own_direction=True, weight=4.0, gain=3.0),
     Slot("colour", tuple(COLOURS), own_direction=True, gain=1.5),
     Slot("tens", _DIGITS, weight=2.0),
     Slot("ones", _DIGITS, weight=2.0),
@@ -59,11 +59,11 @@ SLOTS = (
 UNITS = sum(len(slot.words) for slot in SLOTS)
 
 
-def patch_labels(scene: Scene, grid: int = GRID) -> np.ndarray:
+def patch_labels(scene: Scene, grid: int = GRID, least: float = 1 / 3) -> np.ndarray:
     """Labels of every patch, int16 ``(slots, grid * grid)``, raster order.
 
-    A patch belongs to the thing whose region covers at least a third of it, and is background below a tenth;
-    between the two it is ignored.
+    A patch belongs to the thing whose region covers more than ``least`` of it, and is background below a tenth;
+    between the two it is ignored. Every thing has at least the patch that it covers most.
     """
     labels = np.zeros((len(SLOTS), grid, grid), np.int16)
     coverage = np.zeros((grid, grid))
@@ -74,10 +74,10 @@ def patch_labels(scene: Scene, grid: int = GRID) -> np.ndarray:
         wide = np.clip(np.minimum(edges[1:], right) - np.maximum(edges[:-1], left), 0, patch) / patch
         high = np.clip(np.minimum(edges[1:], bottom) - np.maximum(edges[:-1], top), 0, patch) / patch
         share = high[:, None] * wide[None, :]
-        own = share > np.maximum(coverage, 1 / 3)
+        own = share > np.maximum(coverage, min(least, share.max() - 1e-6))
         labels[:, own] = np.array(_facts(scene, thing), np.int16)[:, None]
         coverage = np.maximum(coverage, share)
-    labels[:, (coverage >= 0.1) & (coverage <= 1 / 3)] = IGNORE
+    labels[:, (coverage >= 0.1) & (coverage <= least)] = IGNORE
     return labels.reshape(len(SLOTS), -1)
 
 

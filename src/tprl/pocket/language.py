@@ -6,31 +6,24 @@ carry perfectly read words on a coarser grid, which is quick. Stage three shows 
 No visual token is ever dropped.
 """
 
-from collections.abc import Sequence
+import json
+import sys
+import time
+from collections import defaultdict
+from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 from transformers import LlamaModel, PreTrainedTokenizerBase
 
-from tprl.data.scenes import FAMILIES, Scene, ask
-from tprl.pocket.labels import SLOTS, UNITS
-
-IGNORE = -100
-
-
-@dataclass(frozen=True)
-class Questions:
-    """Tokenised questions and answers about one picture each, to be packed behind it.
-
-    Attributes:
-        ids: token ids of every block: question, assistant's turn, answer, end of turn.
-        answer_starts: where the answer begins in each block.
-    """
-
-    ids: list[list[int]]
-    answer_starts: list[int]
+from tprl.checkpoint import load_checkpoint, load_optimizer, optimizer_tensors, prefixed, save_checkpoint, with_prefix
+from tprl.data.scenes import FAMILIES, Scene, ask, make_scene
+from tprl.lvlm.packing import IGNORE, Block, Packed, pack
+from tprl.pocket.base import load_base
+from tprl.pocket.labels import SLOTS, patch_labels
 
 
 class Tokens:
@@ -50,85 +43,57 @@ class Tokens:
     def _ids(self, text: str) -> list[int]:
         return self.tokenizer(text, add_special_tokens=False)["input_ids"]
 
-    def block(self, question: str, answer: str) -> tuple[list[int], int]:
+    def block(self, question: str, answer: str) -> Block:
         prompt = self._ids(self.between + question + self.turn)
-        return prompt + self._ids(answer + "<|im_end|>"), len(prompt)
-
-
-def draw_questions(scene: Scene, tokens: Tokens, rng: np.random.Generator, count: int, weights: Sequence[float]) -> Questions:
-    """Up to ``count`` questions about ``scene``, families drawn with ``weights``."""
-    drawn: dict[str, str] = {}
-    share = np.array(weights) / sum(weights)
-    for _ in range(3 * count):
-        asked = ask(scene, FAMILIES[int(rng.choice(len(FAMILIES), p=share))], rng)
-        if asked:
-            drawn[asked[0]] = asked[1]
-        if len(drawn) == count:
-            break
-    blocks = [tokens.block(question, answer) for question, answer in drawn.items()]
-    return Questions([ids for ids, _ in blocks], [start for _, start in blocks])
+        return Block(prompt + self._ids(answer + "<|im_end|>"), len(prompt))
 
 
 @dataclass(frozen=True)
-class Packed:
-    """A batch of pictures with their questions behind them, without the pictures themselves.
+class Questions:
+    """Questions about one picture: their families and their tokens."""
 
-    ``ids (B, L)`` int64 (0 where a visual token goes), ``positions (B, L)``, ``mask (B, 1, L, L)`` bool,
-    ``targets (B, L)``: the next token where it belongs to an answer, else ``IGNORE``; ``visual`` the slice of the
-    picture's tokens in the sequence.
-    """
-
-    ids: Tensor
-    positions: Tensor
-    mask: Tensor
-    targets: Tensor
-    visual: slice
+    families: list[str]
+    blocks: list[Block]
 
 
-def pack(before: list[int], visual_count: int, batch: list[Questions]) -> Packed:
-    """Lay out prefix, picture and questions of every picture in one padded batch."""
-    start = len(before) + visual_count
-    length = start + max(sum(map(len, questions.ids)) for questions in batch)
-    ids = torch.zeros(len(batch), length, dtype=torch.int64)
-    positions = torch.arange(length).repeat(len(batch), 1)
-    block = torch.full((len(batch), length), -1)
-    targets = torch.full((len(batch), length), IGNORE)
-    ids[:, : len(before)] = torch.tensor(before)
-    block[:, :start] = 0
-    for row, questions in enumerate(batch):
-        at = start
-        for number, (tokens, answer_start) in enumerate(zip(questions.ids, questions.answer_starts, strict=True), 1):
-            end = at + len(tokens)
-            ids[row, at:end] = torch.tensor(tokens)
-            positions[row, at:end] = torch.arange(start, start + len(tokens))
-            block[row, at:end] = number
-            targets[row, at + answer_start - 1 : end - 1] = torch.tensor(tokens[answer_start:])
-            at = end
-    causal = torch.ones(length, length, dtype=torch.bool).tril()
-    same = block[:, :, None] == block[:, None, :]
-    mask = (same | (block[:, None, :] == 0)) & causal
-    return Packed(ids, positions, mask[:, None], targets, slice(len(before), start))
+def draw_questions(
+    scene: Scene, tokens: Tokens, rng: np.random.Generator, count: int, weights: dict[str, float]
+) -> Questions:
+    """Up to ``count`` different questions about ``scene``, families drawn with ``weights``."""
+    drawn: dict[str, tuple[str, str]] = {}
+    share = np.array(list(weights.values())) / sum(weights.values())
+    for _ in range(3 * count):
+        family = str(rng.choice(list(weights), p=share))
+        asked = ask(scene, family, rng)
+        if asked:
+            drawn[asked[0]] = (family, asked[1])
+        if len(drawn) == count:
+            break
+    return Questions(
+        [family for family, _ in drawn.values()],
+        [tokens.block(question, answer) for question, (_, answer) in drawn.items()],
+    )
 
 
-def answer_loss(language: LlamaModel, head: nn.Linear, visual: Tensor, packed: Packed) -> tuple[Tensor, Tensor, Tensor]:
+def answer_loss(language: LlamaModel, head: nn.Linear, visual: Tensor, packed: Packed) -> tuple[Tensor, Tensor]:
     """Cross-entropy of the answers' tokens.
 
     Args:
         visual: ``(B, N, D)`` projected visual tokens.
 
     Returns:
-        The mean loss, and for every answer token whether it is the most likely one and its row-major place in
-        ``packed.targets``.
+        The mean loss, and bool ``(questions,)``: whether every token of the answer is the most likely one.
     """
     embeds = language.get_input_embeddings()(packed.ids)
     embeds = torch.cat([embeds[:, : packed.visual.start], visual.to(embeds.dtype), embeds[:, packed.visual.stop :]], 1)
     hidden = language(
         inputs_embeds=embeds, position_ids=packed.positions, attention_mask=packed.mask, use_cache=False
     ).last_hidden_state
-    places = (packed.targets != IGNORE).flatten().nonzero()[:, 0]
-    targets = packed.targets.flatten()[places]
-    logits = head(hidden.flatten(0, 1)[places]).float()
-    return nn.functional.cross_entropy(logits, targets), logits.argmax(1) == targets, places
+    places = packed.targets != IGNORE
+    targets, owners = packed.targets[places], packed.owners[places]
+    logits = head(hidden[places]).float()
+    wrong = torch.zeros(int(owners.max()) + 1).index_add(0, owners, (logits.argmax(1) != targets).float())
+    return nn.functional.cross_entropy(logits, targets), wrong == 0
 
 
 def word_columns(embeddings: Tensor, tokenizer: PreTrainedTokenizerBase, seed: int = 0) -> Tensor:
@@ -155,14 +120,42 @@ def symbolic_units(labels: Tensor, generator: torch.Generator) -> Tensor:
     """Units of a perfect tower for patch labels ``(slots, B, N)``: about +1 for the word, below -3 elsewhere;
     where a label has no opinion a random word (or none) stands, as a tower's guess would."""
     units = []
+    blank = labels[0] == IGNORE
     for slot, label in zip(SLOTS, labels, strict=True):
         count = len(slot.words)
         guess = torch.randint(0, count + 1, label.shape, generator=generator)
-        label = torch.where(label == IGNORE, guess, label)
+        label = torch.where(blank, 0, torch.where(label == IGNORE, guess, label))
         units.append(nn.functional.one_hot(label, count + 1)[..., 1:])
-    stacked = torch.cat(units, -1).float()
-    assert stacked.shape[-1] == UNITS
-    return stacked * 4 - 3
+    return torch.cat(units, -1).float() * 4 - 3
+
+
+
+
+@dataclass(frozen=True)
+class Phase:
+    """A stretch of the curriculum.
+
+    Attributes:
+        until: the step at which it ends.
+        grid: visual tokens a side.
+        weights: families asked, and how often.
+        ramp: (from, to) gain of every slot but the kind, linear over the phase.
+        pictures: in a batch.
+    """
+
+    until: int
+    grid: int
+    weights: dict[str, float]
+    ramp: tuple[float, float]
+    pictures: int = 6
+
+
+_EVEN = dict.fromkeys(FAMILIES, 1.0)
+CURRICULUM = (
+    Phase(100, 6, {"existence": 1.0}, (0.0, 0.0)),
+    Phase(250, 6, _EVEN | {"existence": 2.0}, (0.1, 1.0)),
+    Phase(500, 12, _EVEN, (1.0, 1.0)),
+)
 
 
 @dataclass(frozen=True)
@@ -170,77 +163,74 @@ class LanguageConfig:
     """How the language model is trained; all randomness follows from ``seed`` and the step."""
 
     steps: int
-    pictures: int = 6
     questions: int = 16
-    learning_rate: float = 1e-3
+    learning_rate: float = 5e-4
     seed: int = 0
+    save_every: int = 50
 
 
-def run_symbolic(steps: int, grid: int, lr: float, out: str) -> None:
-    import json
-    import sys
-    import time
-    from collections import defaultdict
-
-    from peft import LoraConfig, get_peft_model
-
-    from tprl.data.scenes import make_scene
-    from tprl.pocket.base import load_base
-    from tprl.pocket.labels import patch_labels
-    from tprl.pocket.tower import schedule
-
+def train_language(run: Path, config: LanguageConfig) -> Iterator[dict[str, float]]:
     model, tokenizer = load_base()
-    columns = word_columns(model.get_input_embeddings().weight.detach(), tokenizer)
-    blank = model.get_input_embeddings().weight.detach()[tokenizer(" empty", add_special_tokens=False)["input_ids"][0]]
-    lora = LoraConfig(
-        r=64, lora_alpha=64, target_modules="all-linear", modules_to_save=["input_layernorm", "post_attention_layernorm", "norm"]
-    )
-    torch.manual_seed(0)
-    model.to(torch.bfloat16)
-    peft = get_peft_model(model, lora)
-    params = [p for p in peft.parameters() if p.requires_grad]
-    print(sum(p.numel() for p in params), {str(p.dtype) for p in params})
-    optimizer = torch.optim.AdamW(params, lr=lr, betas=(0.9, 0.95), weight_decay=0.0)
+    torch.manual_seed(config.seed)
+    embeddings = model.get_input_embeddings().weight.requires_grad_(False)
+    columns = word_columns(embeddings, tokenizer)
+    kinds = len(SLOTS[0].words)
+    blank = embeddings[tokenizer(" empty", add_special_tokens=False)["input_ids"][0]]
     tokens = Tokens(tokenizer)
-    weights = json.loads(sys.argv[5])
-    base = peft.get_base_model()
-    clock, hits = time.perf_counter(), defaultdict(list)
-    for step in range(steps):
-        rng = np.random.default_rng((5, step))
-        scenes = [make_scene("train", step * 6 + i) for i in range(6)]
-        labels = torch.from_numpy(np.stack([patch_labels(s, grid) for s in scenes], 1)).long()
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(parameters, lr=config.learning_rate, betas=(0.9, 0.95), weight_decay=0.0)
+    path, start = run / "language.safetensors", 0
+    if path.exists():
+        tensors, meta = load_checkpoint(path)
+        model.load_state_dict(with_prefix(tensors, "model."), strict=False)
+        load_optimizer(optimizer, tensors)
+        start = meta["step"]
+    hits: dict[str, list[bool]] = defaultdict(list)
+    clock, losses = time.perf_counter(), []
+    for step in range(start, config.steps):
+        first = 0
+        for phase in CURRICULUM:
+            if step < phase.until:
+                break
+            first = phase.until
+        rng = np.random.default_rng((config.seed, 5, step))
+        scenes = [make_scene("train", int(i)) for i in rng.integers(2**31, size=phase.pictures)]
+        labels = torch.from_numpy(np.stack([patch_labels(scene, phase.grid, 0.2) for scene in scenes], 1)).long()
         units = symbolic_units(labels, torch.Generator().manual_seed(step))
-        visual = nn.functional.gelu(units) @ columns.T + blank
-        questions = [draw_questions(s, tokens, rng, 16, weights) for s in scenes]
-        packed = pack(tokens.before, grid * grid, questions)
+        gain = phase.ramp[0] + (phase.ramp[1] - phase.ramp[0]) * min(1, (step - first) / (phase.until - first))
+        scaled = torch.cat([columns[:, :kinds], columns[:, kinds:] * gain], 1)
+        visual = nn.functional.gelu(units) @ scaled.T + blank
+        asked = [draw_questions(scene, tokens, rng, config.questions, phase.weights) for scene in scenes]
+        everything = torch.arange(phase.grid**2).repeat(len(scenes), 1)
+        packed = pack(tokens.before, everything, everything >= 0, phase.grid**2, [q.blocks for q in asked])
         for group in optimizer.param_groups:
-            group["lr"] = lr * min(1, (step + 1) / 30)
+            group["lr"] = config.learning_rate * min(1, (step + 1) / 20)
         with torch.autocast("cpu", torch.bfloat16):
-            loss, right, places = answer_loss(base.model, base.lm_head, visual, packed)
-        peft.zero_grad()
+            loss, right = answer_loss(model.model, model.lm_head, visual, packed)
+        model.zero_grad()
         loss.backward()
-        nn.utils.clip_grad_norm_(params, 1.0)
+        nn.utils.clip_grad_norm_(parameters, 1.0)
         optimizer.step()
-        # per family
-        flat = dict(zip(places.tolist(), right.tolist()))
-        length = packed.ids.shape[1]
-        for row, q in enumerate(questions):
-            at = packed.visual.stop
-            for ids, start in zip(q.ids, q.answer_starts):
-                ok = all(flat[row * length + at + i] for i in range(start - 1, len(ids) - 1))
-                text = tokenizer.decode(ids[1:3]).strip() + (tokenizer.decode(ids[3:4]) if ids[1]==3718 or True else "")
-                key = text.split()
-                key = " ".join(key[:1] if key[0] in ("Is",) else key[:3])
-                key = key + (" pos" if tokenizer.decode(ids[3:4]) not in (" a"," an") and key=="Is" else "")
-                hits[key].append(ok)
-                at += len(ids)
+        losses.append(loss.item())
+        for family, hit in zip([f for q in asked for f in q.families], right.tolist(), strict=True):
+            hits[family].append(hit)
         if (step + 1) % 10 == 0:
-            print(step + 1, round(loss.item(), 3), round((time.perf_counter() - clock) / 10, 2), packed.ids.shape,
-                  {k: round(float(np.mean(v)), 2) for k, v in sorted(hits.items())}, flush=True)
-            clock, hits = time.perf_counter(), defaultdict(list)
+            scores = {family: float(np.mean(hits[family])) for family in FAMILIES if hits[family]}
+            seconds = (time.perf_counter() - clock) / 10
+            yield {"step": step + 1, "seconds_per_step": seconds, "loss": float(np.mean(losses)), **scores}
+            hits.clear()
+            clock, losses = time.perf_counter(), []
+        if (step + 1) % config.save_every == 0:
+            own = {name: p for name, p in model.named_parameters() if p.requires_grad}
+            state = prefixed(own.items(), "model.") | optimizer_tensors(optimizer)
+            save_checkpoint(path, state, {"step": step + 1})
 
 
 if __name__ == "__main__":
-    import sys
-
-    run_symbolic(int(sys.argv[1]), int(sys.argv[2]), float(sys.argv[3]), sys.argv[4])
+    run = Path(sys.argv[1])
+    run.mkdir(parents=True, exist_ok=True)
+    with (run / "language.jsonl").open("a") as log:
+        for metrics in train_language(run, LanguageConfig(int(sys.argv[2]))):
+            log.write(json.dumps(metrics) + "\n")
+            log.flush()
+            print({k: round(v, 3) for k, v in metrics.items()}, flush=True)

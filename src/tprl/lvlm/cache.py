@@ -1,0 +1,162 @@
+"""Samples as a frozen LVLM sees them, computed once and kept on disk.
+
+Pictures become visual tokens in shards of bounded size; a shard is read slice by slice, never whole. The cache is
+keyed by everything that its content depends on, so another model, other data or another dtype make another cache.
+"""
+
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
+
+from tprl.checkpoint import load_checkpoint, save_checkpoint, save_tensors
+from tprl.data.sample import Sample, Source
+from tprl.lvlm.model import ImageFeatures, Lvlm
+from tprl.lvlm.packing import Block
+from tprl.lvlm.score import AnswerScorer, AnswerScores
+from tprl.progress import track
+from tprl.types import VisualTokens
+
+SHARD_PICTURES = 128
+ENCODE_BATCH = 16
+
+
+@dataclass(frozen=True)
+class _Place:
+    shard: int
+    first: int
+    last: int
+
+
+class EncodedSamples:
+    """A source's samples, ready for pruning and scoring.
+
+    Args:
+        lvlm: the frozen model.
+        source: where the samples come from.
+        folder: parent of all caches; this one gets a folder named by its key.
+        signals: what selectors will need besides the tokens.
+    """
+
+    def __init__(self, lvlm: Lvlm, source: Source, folder: Path, signals: frozenset[str] = frozenset()) -> None:
+        self.lvlm, self.source = lvlm, source
+        self.samples: Sequence[Sample] = source.samples
+        self.image_ids = list(dict.fromkeys(sample.image_id for sample in self.samples))
+        self.signals = frozenset(signals)
+        key = {
+            "weights": weights_digest(lvlm),
+            "dtype": str(lvlm.model.dtype),
+            "source": [source.name, source.split],
+            "images": hashlib.sha256("\n".join(self.image_ids).encode()).hexdigest(),
+            "pixels": hashlib.sha256(source.image(self.image_ids[0]).tobytes()).hexdigest(),
+            "signals": sorted(self.signals),
+        }
+        self.folder = folder / hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:16]
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self._build()
+        self.scorer = AnswerScorer(lvlm.model.model.language_model, lvlm.model.lm_head, lvlm.prompt_ids("?")[0])
+        self._unpruned: AnswerScores | None = None
+
+    def __len__(self) -> int:
+        return len(self.samples)
+
+    def visual(self, indices: Sequence[int]) -> VisualTokens:
+        """The padded batch of samples ``indices``: pictures and their questions."""
+        features = [self.features(self.samples[i].image_id) for i in indices]
+        return self.lvlm.visual_tokens(features, [self.samples[i].question for i in indices])
+
+    def features(self, image_id: str) -> ImageFeatures:
+        """One picture's tokens, places and signals, read from its shard."""
+        place = self._places[image_id]
+        with safe_open(self._shard(place.shard), "pt") as file:
+            parts = {name: file.get_slice(name)[place.first : place.last] for name in file.keys()}  # noqa: SIM118
+        return ImageFeatures(parts.pop("tokens"), parts.pop("coords"), parts)
+
+    def block(self, index: int) -> Block:
+        """Question and reference answer of a sample, tokenised, as they follow the picture."""
+        sample = self.samples[index]
+        _, prompt = self.lvlm.prompt_ids(sample.question)
+        _, whole = self.lvlm.prompt_ids(sample.question, sample.answers[0])
+        return Block(whole, len(prompt))
+
+    def score(self, indices: Sequence[int], tokens: Tensor, keep_mask: Tensor) -> AnswerScores:
+        """Scores of the reference answers of samples ``indices`` from the kept tokens, one row each."""
+        return self.scorer.score(tokens, keep_mask, [[self.block(i)] for i in indices])
+
+    @property
+    def unpruned(self) -> AnswerScores:
+        """Scores of all samples with every token kept; computed once, questions on one picture together."""
+        if self._unpruned is None:
+            text = "\n".join(f"{s.image_id}\t{s.question}\t{s.answers[0]}" for s in self.samples)
+            path = self.folder / f"unpruned-{hashlib.sha256(text.encode()).hexdigest()[:16]}.safetensors"
+            if not path.exists():
+                scores = self.score_shared({image_id: None for image_id in self.image_ids}, "unpruned answers")
+                save_checkpoint(path, {"log_prob": scores.log_prob, "correct": scores.correct}, {})
+            self._unpruned = AnswerScores(**load_checkpoint(path)[0])
+        return self._unpruned
+
+    def score_shared(self, keep: dict[str, Tensor | None], label: str, tokens: dict[str, Tensor] | None = None) -> AnswerScores:
+        """Scores of all samples where the kept tokens depend on the picture alone, so its questions share one row.
+
+        Args:
+            keep: keep mask ``(n,)`` of every picture; None keeps all.
+            label: what the progress bar says.
+            tokens: changed tokens of pictures, from selectors that merge.
+        """
+        by_image: dict[str, list[int]] = {}
+        for index, sample in enumerate(self.samples):
+            by_image.setdefault(sample.image_id, []).append(index)
+        log_prob, correct = torch.zeros(len(self)), torch.zeros(len(self), dtype=torch.bool)
+        for start in track(range(0, len(self.image_ids), 8), label):
+            chosen = self.image_ids[start : start + 8]
+            shown = [(tokens or {}).get(i, self.features(i).tokens) for i in chosen]
+            masks = [torch.ones(len(t), dtype=torch.bool) if keep[i] is None else keep[i] for i, t in zip(chosen, shown, strict=True)]
+            rows = [[self.block(i) for i in by_image[image_id]] for image_id in chosen]
+            scores = self.scorer.score(pad_sequence(shown, True), pad_sequence(masks, True), rows)
+            at = torch.tensor([i for image_id in chosen for i in by_image[image_id]])
+            log_prob[at], correct[at] = scores.log_prob, scores.correct
+        return AnswerScores(log_prob, correct)
+
+    def _shard(self, number: int) -> Path:
+        return self.folder / f"tokens-{number:05d}.safetensors"
+
+    def _build(self) -> None:
+        """Encode the pictures whose shards are missing; an interrupted build goes on where it stopped."""
+        self._places: dict[str, _Place] = {}
+        starts = range(0, len(self.image_ids), SHARD_PICTURES)
+        for number, start in enumerate(track(starts, f"encoding {self.source.name}/{self.source.split}")):
+            image_ids = self.image_ids[start : start + SHARD_PICTURES]
+            if not self._shard(number).exists():
+                self._write(number, image_ids)
+            with safe_open(self._shard(number), "pt") as file:
+                offsets = json.loads(file.metadata()["offsets"])
+            for image_id, first, last in zip(image_ids, offsets, offsets[1:], strict=False):
+                self._places[image_id] = _Place(number, first, last)
+
+    def _write(self, number: int, image_ids: list[str]) -> None:
+        features: list[ImageFeatures] = []
+        for start in range(0, len(image_ids), ENCODE_BATCH):
+            images = [self.source.image(image_id) for image_id in image_ids[start : start + ENCODE_BATCH]]
+            features += self.lvlm.encode_images(images, self.signals)
+        offsets = [0]
+        for picture in features:
+            offsets.append(offsets[-1] + len(picture.tokens))
+        tensors = {"tokens": torch.cat([f.tokens for f in features]), "coords": torch.cat([f.coords for f in features])}
+        for name in features[0].signals:
+            tensors[name] = torch.cat([f.signals[name] for f in features])
+        save_tensors(self._shard(number), tensors, {"offsets": json.dumps(offsets)})
+
+
+def weights_digest(lvlm: Lvlm) -> str:
+    """A digest that changes with any weight that matters: names, shapes, sums and absolute sums."""
+    digest = hashlib.sha256()
+    for name, weight in lvlm.model.state_dict().items():
+        values = weight.detach().double()
+        digest.update(f"{name} {tuple(weight.shape)} {values.sum().item():.9g} {values.abs().sum().item():.9g}".encode())
+    return digest.hexdigest()[:16]

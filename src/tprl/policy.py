@@ -86,7 +86,9 @@ class KeepDistribution:
         self.log_keep = nn.functional.logsigmoid(logits) + discount.log()
         self.probs = self.log_keep.exp() * mask
         # log(1 - discount * sigmoid(x)), exact where sigmoid(x) rounds to 1
-        self.log_drop = torch.logaddexp(-nn.functional.softplus(logits), torch.log1p(-discount).clamp(min=-1e9) + nn.functional.logsigmoid(logits))
+        self.log_drop = torch.logaddexp(
+            -nn.functional.softplus(logits), torch.log1p(-discount).clamp(min=-1e9) + nn.functional.logsigmoid(logits)
+        )
 
     def sample(self, generator: torch.Generator) -> Tensor:
         """bool ``(B, N)``, at least one True a row."""

@@ -70,7 +70,9 @@ class TokenPruner(nn.Module):
         self._check(visual)
         real = visual.mask.sum(1)
         if bool(((budget < 1) | (budget > real)).any()):
-            raise ValueError(f"budgets must lie between 1 and the number of visual tokens {real.tolist()}, got {budget.tolist()}")
+            raise ValueError(
+                f"budgets must lie between 1 and the number of visual tokens {real.tolist()}, got {budget.tolist()}"
+            )
         probs = self.keep_probs(visual).masked_fill(~visual.mask, -1)
         rank = probs.argsort(1, descending=True, stable=True).argsort(1)
         return Selection(rank < budget[:, None])

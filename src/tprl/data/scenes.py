@@ -168,7 +168,9 @@ class Scene:
             left, top, right, bottom = thing.box
             if thing.card:
                 _draw_card(draw, thing.card, top_of_text=bottom)
-            drawing = _drawing(thing.kind).resize((right - left, bottom - top), Image.Resampling.BILINEAR, reducing_gap=2)
+            drawing = _drawing(thing.kind).resize(
+                (right - left, bottom - top), Image.Resampling.BILINEAR, reducing_gap=2
+            )
             picture.paste(drawing, (left, top), drawing)
         return picture
 

@@ -101,7 +101,9 @@ class EncodedSamples:
             self._unpruned = AnswerScores(**load_checkpoint(path)[0])
         return self._unpruned
 
-    def score_shared(self, keep: dict[str, Tensor | None], label: str, tokens: dict[str, Tensor] | None = None) -> AnswerScores:
+    def score_shared(
+        self, keep: dict[str, Tensor | None], label: str, tokens: dict[str, Tensor] | None = None
+    ) -> AnswerScores:
         """Scores of all samples where the kept tokens depend on the picture alone, so its questions share one row.
 
         Args:
@@ -116,7 +118,10 @@ class EncodedSamples:
         for start in track(range(0, len(self.image_ids), 8), label):
             chosen = self.image_ids[start : start + 8]
             shown = [(tokens or {}).get(i, self.features(i).tokens) for i in chosen]
-            masks = [torch.ones(len(t), dtype=torch.bool) if keep[i] is None else keep[i] for i, t in zip(chosen, shown, strict=True)]
+            masks = [
+                torch.ones(len(t), dtype=torch.bool) if keep[i] is None else keep[i]
+                for i, t in zip(chosen, shown, strict=True)
+            ]
             rows = [[self.block(i) for i in by_image[image_id]] for image_id in chosen]
             scores = self.scorer.score(pad_sequence(shown, True), pad_sequence(masks, True), rows)
             at = torch.tensor([i for image_id in chosen for i in by_image[image_id]])
@@ -158,5 +163,7 @@ def weights_digest(lvlm: Lvlm) -> str:
     digest = hashlib.sha256()
     for name, weight in lvlm.model.state_dict().items():
         values = weight.detach().double()
-        digest.update(f"{name} {tuple(weight.shape)} {values.sum().item():.9g} {values.abs().sum().item():.9g}".encode())
+        digest.update(
+            f"{name} {tuple(weight.shape)} {values.sum().item():.9g} {values.abs().sum().item():.9g}".encode()
+        )
     return digest.hexdigest()[:16]

@@ -7,20 +7,23 @@ No visual token is ever dropped.
 """
 
 import json
+import re
 import sys
 import time
 from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 from transformers import LlamaModel, PreTrainedTokenizerBase
+from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
 from tprl.checkpoint import load_checkpoint, load_optimizer, optimizer_tensors, prefixed, save_checkpoint, with_prefix
-from tprl.data.scenes import FAMILIES, Scene, ask, make_scene
+from tprl.data.scenes import COLOURS, FAMILIES, KINDS, Scene, ask, make_scene
 from tprl.lvlm.packing import IGNORE, Block, Packed, pack
 from tprl.pocket.base import load_base
 from tprl.pocket.labels import SLOTS, patch_labels
@@ -54,6 +57,7 @@ class Questions:
 
     families: list[str]
     blocks: list[Block]
+    subjects: list[set[str]]
 
 
 def draw_questions(
@@ -64,7 +68,7 @@ def draw_questions(
     share = np.array(list(weights.values())) / sum(weights.values())
     for _ in range(3 * count):
         family = str(rng.choice(list(weights), p=share))
-        asked = ask(scene, family, rng)
+        asked = describe(scene, rng) if family == DESCRIBE else ask(scene, family, rng)
         if asked:
             drawn[asked[0]] = (family, asked[1])
         if len(drawn) == count:
@@ -72,7 +76,75 @@ def draw_questions(
     return Questions(
         [family for family, _ in drawn.values()],
         [tokens.block(question, answer) for question, (_, answer) in drawn.items()],
+        [subject(question) for question in drawn],
     )
+
+
+def subject(question: str) -> set[str]:
+    """The kinds that a question names, or, where it names none, the colours."""
+    words = set(re.findall("[a-z]+", question))
+    return words & KINDS.keys() or words & COLOURS.keys()
+
+
+DESCRIBE = "describe"
+"""A family of training only: all that is known of one thing, many supervised words for one look at the picture."""
+
+
+def describe(scene: Scene, rng: np.random.Generator) -> tuple[str, str] | None:
+    """A ``DESCRIBE`` question about a thing that is alone of its kind, and its answer."""
+    if not scene.singles:
+        return None
+    thing = scene.singles[int(rng.integers(len(scene.singles)))]
+    near = scene.nearest(thing)
+    facts = [
+        thing.card.colour if thing.card else "none",
+        str(thing.card.number) if thing.card and thing.card.number is not None else "none",
+        thing.third(0) or "none",
+        thing.third(1) or "none",
+        near.kind if near else "none",
+    ]
+    return f"Describe the {thing.kind}.", " ".join(facts)
+
+
+LOOKING_LAYER, LOOKING_HEADS = 4, 3
+
+
+class Looking:
+    """Attention of some heads of one layer, recorded so that it can be taught where to look.
+
+    The first layers of the base model hold a head that finds equal tokens, but none that fetches what stands there;
+    those come much deeper. So the heads of ``LOOKING_LAYER`` that share its first key head are shown, from the
+    labels of the scene, which patches an answer is to be read from.
+    """
+
+    def __init__(self, language: LlamaModel) -> None:
+        self.attention = language.layers[LOOKING_LAYER].self_attn
+        self.attention.register_forward_pre_hook(self._record, with_kwargs=True)
+
+    def _record(self, module: nn.Module, args: object, kwargs: dict[str, Any]) -> None:
+        self.hidden, self.rotary = kwargs["hidden_states"], kwargs["position_embeddings"]
+
+    def loss(self, packed: Packed, relevant: Tensor, has_any: Tensor) -> Tensor:
+        """Mean of ``-log(attention on relevant patches)`` over the places that predict an answer's token.
+
+        Args:
+            relevant: bool ``(questions, N)``.
+        """
+        attention = self.attention
+        size = attention.head_dim
+        heads = LOOKING_HEADS * size
+        q = nn.functional.linear(self.hidden, attention.q_proj.weight[:heads]).unflatten(-1, (LOOKING_HEADS, size))
+        k = nn.functional.linear(self.hidden, attention.k_proj.weight[:size]).unflatten(-1, (1, size))
+        q, k = apply_rotary_pos_emb(q, k, *self.rotary, unsqueeze_dim=2)
+        row, at = (packed.owners >= 0).nonzero(as_tuple=True)
+        owner = packed.owners[row, at]
+        chosen = has_any[owner]
+        row, at, owner = row[chosen], at[chosen], owner[chosen]
+        scores = torch.einsum("phd,pld->phl", q[row, at], k[row, :, 0]).float() * attention.scaling
+        scores = scores.masked_fill(~packed.mask[row, 0, at][:, None], -torch.inf)
+        start, stop = packed.visual.start, packed.visual.stop
+        wanted = scores[..., start:stop].masked_fill(~relevant[owner][:, None], -torch.inf)
+        return (scores.logsumexp(-1) - wanted.logsumexp(-1)).mean()
 
 
 def answer_loss(language: LlamaModel, head: nn.Linear, visual: Tensor, packed: Packed) -> tuple[Tensor, Tensor]:
@@ -105,7 +177,10 @@ def word_columns(embeddings: Tensor, tokenizer: PreTrainedTokenizerBase, seed: i
     generator = torch.Generator().manual_seed(seed)
     width, columns = embeddings.shape[1], []
     for slot in SLOTS:
-        ids = [tokenizer(" " + word if len(word) > 1 else word, add_special_tokens=False)["input_ids"] for word in slot.words]
+        ids = [
+            tokenizer(" " + word if len(word) > 1 else word, add_special_tokens=False)["input_ids"]
+            for word in slot.words
+        ]
         if any(len(token) != 1 for token in ids):
             raise ValueError(f"slot {slot.name}: every word must be one token, got {ids}")
         words = embeddings[torch.tensor(ids)[:, 0]]
@@ -129,6 +204,25 @@ def symbolic_units(labels: Tensor, generator: torch.Generator) -> Tensor:
     return torch.cat(units, -1).float() * 4 - 3
 
 
+def relevant_patches(asked: list[Questions], labels: Tensor) -> tuple[Tensor, Tensor]:
+    """Which patches each question speaks of, bool ``(questions, N)``, and whether there are any.
+
+    Args:
+        labels: patch labels ``(slots, B, N)``.
+    """
+    words = [*KINDS, *COLOURS]
+    kind, colour = labels[0], labels[1]
+    rows = []
+    for number, questions in enumerate(asked):
+        for named in questions.subjects:
+            ids = [words.index(word) for word in sorted(named)]
+            rows.append(
+                torch.stack([
+                    kind[number] == i + 1 if i < len(KINDS) else colour[number] == i - len(KINDS) + 1 for i in ids
+                ]).any(0)
+            )
+    relevant = torch.stack(rows)
+    return relevant, relevant.any(1)
 
 
 @dataclass(frozen=True)
@@ -153,8 +247,9 @@ class Phase:
 _EVEN = dict.fromkeys(FAMILIES, 1.0)
 CURRICULUM = (
     Phase(100, 6, {"existence": 1.0}, (0.0, 0.0)),
-    Phase(250, 6, _EVEN | {"existence": 2.0}, (0.1, 1.0)),
-    Phase(500, 12, _EVEN, (1.0, 1.0)),
+    Phase(300, 6, {"existence": 1.0, "describe": 4.0, "attribute": 2.0, "position": 1.0, "reverse": 1.0}, (1.0, 1.0)),
+    Phase(450, 6, _EVEN | {"describe": 2.0}, (1.0, 1.0)),
+    Phase(600, 12, _EVEN | {"describe": 1.0}, (1.0, 1.0)),
 )
 
 
@@ -177,6 +272,7 @@ def train_language(run: Path, config: LanguageConfig) -> Iterator[dict[str, floa
     kinds = len(SLOTS[0].words)
     blank = embeddings[tokenizer(" empty", add_special_tokens=False)["input_ids"][0]]
     tokens = Tokens(tokenizer)
+    looking = Looking(model.model)
     parameters = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=config.learning_rate, betas=(0.9, 0.95), weight_decay=0.0)
     path, start = run / "language.safetensors", 0
@@ -186,7 +282,7 @@ def train_language(run: Path, config: LanguageConfig) -> Iterator[dict[str, floa
         load_optimizer(optimizer, tensors)
         start = meta["step"]
     hits: dict[str, list[bool]] = defaultdict(list)
-    clock, losses = time.perf_counter(), []
+    clock, losses, looks = time.perf_counter(), [], []
     for step in range(start, config.steps):
         first = 0
         for phase in CURRICULUM:
@@ -207,19 +303,21 @@ def train_language(run: Path, config: LanguageConfig) -> Iterator[dict[str, floa
             group["lr"] = config.learning_rate * min(1, (step + 1) / 20)
         with torch.autocast("cpu", torch.bfloat16):
             loss, right = answer_loss(model.model, model.lm_head, visual, packed)
+            looked = looking.loss(packed, *relevant_patches(asked, labels))
         model.zero_grad()
-        loss.backward()
+        (loss + 0.5 * looked).backward()
         nn.utils.clip_grad_norm_(parameters, 1.0)
         optimizer.step()
         losses.append(loss.item())
+        looks.append(looked.item())
         for family, hit in zip([f for q in asked for f in q.families], right.tolist(), strict=True):
             hits[family].append(hit)
         if (step + 1) % 10 == 0:
-            scores = {family: float(np.mean(hits[family])) for family in FAMILIES if hits[family]}
+            scores = {family: float(np.mean(hits[family])) for family in (*FAMILIES, DESCRIBE) if hits[family]}
             seconds = (time.perf_counter() - clock) / 10
-            yield {"step": step + 1, "seconds_per_step": seconds, "loss": float(np.mean(losses)), **scores}
+            yield {"step": step + 1, "seconds_per_step": seconds, "loss": float(np.mean(losses)), "look": float(np.mean(looks)), **scores}
             hits.clear()
-            clock, losses = time.perf_counter(), []
+            clock, losses, looks = time.perf_counter(), [], []
         if (step + 1) % config.save_every == 0:
             own = {name: p for name, p in model.named_parameters() if p.requires_grad}
             state = prefixed(own.items(), "model.") | optimizer_tensors(optimizer)

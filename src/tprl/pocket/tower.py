@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
-from transformers import CLIPVisionConfig, CLIPVisionModel
+from transformers import AttentionInterface, CLIPVisionConfig, CLIPVisionModel
 
 from tprl.checkpoint import load_checkpoint, load_optimizer, optimizer_tensors, prefixed, save_checkpoint, with_prefix
 from tprl.data.scenes import COLOURS, KINDS, SIDE, make_scene
@@ -130,6 +130,14 @@ def normalise(pixels: Tensor) -> Tensor:
     return pixels.permute(0, 3, 1, 2).float() / 127.5 - 1
 
 
+def plain_attention(
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: None, scaling: float, **_: object
+) -> tuple[Tensor, None]:
+    """Attention as two matrix products: PyTorch's fused one has a slow backward pass in bfloat16 on CPUs."""
+    weights = ((query * scaling) @ key.transpose(-1, -2)).softmax(-1)
+    return (weights @ value).transpose(1, 2).contiguous(), None
+
+
 def train_tower(run: Path, config: TowerConfig) -> Iterator[dict[str, float]]:
     """Train, or go on training, the tower in ``run``; yields the metrics of every logged step."""
     torch.manual_seed(config.seed)
@@ -144,18 +152,25 @@ def train_tower(run: Path, config: TowerConfig) -> Iterator[dict[str, float]]:
         tower.load_state_dict(with_prefix(tensors, "model."))
         load_optimizer(optimizer, tensors)
         start = meta["step"]
+    AttentionInterface.register("plain", plain_attention)
+    tower.vision.set_attn_implementation("plain")
+
+    @torch.compile
+    def losses(pixels: Tensor, labels: Tensor, present: Tensor, weights: list[float]) -> tuple[Tensor, Tensor, Tensor]:
+        with torch.autocast("cpu", torch.bfloat16):
+            units, presence_logits = tower(pixels)
+        units = units.float().flatten(0, 1)
+        cls_loss = nn.functional.binary_cross_entropy_with_logits(presence_logits.float(), present)
+        return word_loss(units, labels, weights), cls_loss, units.detach()
+
     loader = DataLoader(_Batches("train", config.batch_size, start, config.steps), batch_size=None, num_workers=1)
     clock = time.perf_counter()
     for step, (pixels, labels, present) in enumerate(loader, start):
         for group in optimizer.param_groups:
             group["lr"] = config.learning_rate * schedule(step, config.warmup_steps, config.steps)
-        with torch.autocast("cpu", torch.bfloat16):
-            units, presence_logits = tower(normalise(pixels))
-        units = units.float().flatten(0, 1)
         flat = labels.long().flatten(1)
         weights = [slot.weight * (step >= config.context_from or not slot.context) for slot in SLOTS]
-        loss = word_loss(units, flat, weights)
-        cls_loss = nn.functional.binary_cross_entropy_with_logits(presence_logits.float(), present)
+        loss, cls_loss, units = losses(normalise(pixels), flat, present, weights)
         optimizer.zero_grad()
         (loss + cls_loss).backward()
         norm = nn.utils.clip_grad_norm_(tower.parameters(), 1.0)
@@ -163,7 +178,7 @@ def train_tower(run: Path, config: TowerConfig) -> Iterator[dict[str, float]]:
             raise RuntimeError(f"the gradient is not finite at step {step}")
         optimizer.step()
         if (step + 1) % 20 == 0:
-            scores = word_accuracy(units.detach(), flat)
+            scores = word_accuracy(units, flat)
             yield {
                 "step": step + 1,
                 "seconds_per_step": (time.perf_counter() - clock) / 20,

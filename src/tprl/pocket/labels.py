@@ -46,13 +46,13 @@ _EDGES = ("left", "top", "right", "bottom")
 SLOTS = (
     Slot("kind", tuple(KINDS), own_direction=True, weight=4.0, gain=3.0),
     Slot("colour", tuple(COLOURS), own_direction=True, gain=1.5),
-    Slot("tens", _DIGITS, weight=2.0),
-    Slot("ones", _DIGITS, weight=2.0),
-    Slot("count", tuple("1234"), context=True, weight=2.0),
+    Slot("tens", _DIGITS, weight=4.0, gain=0.8),
+    Slot("ones", _DIGITS, weight=4.0, gain=0.8),
+    Slot("count", tuple("1234"), context=True, weight=2.0, gain=0.8),
     Slot("column", THIRDS[0], weight=0.5),
     Slot("row", THIRDS[1], weight=0.5),
-    Slot("nearest", tuple(KINDS), context=True),
-    *(Slot(phrase, tuple(KINDS), context=True) for phrase in DIRECTIONS),
+    Slot("nearest", tuple(KINDS), context=True, weight=1.5),
+    *(Slot(phrase, tuple(KINDS), context=True, weight=1.5) for phrase in DIRECTIONS),
     *(Slot(f"box {edge} tens", tuple("012"), weight=0.25, gain=0.4) for edge in _EDGES),
     *(Slot(f"box {edge} ones", _DIGITS, weight=0.25, gain=0.4) for edge in _EDGES),
 )
@@ -79,6 +79,37 @@ def patch_labels(scene: Scene, grid: int = GRID, least: float = 1 / 3) -> np.nda
         coverage = np.maximum(coverage, share)
     labels[:, (coverage >= 0.1) & (coverage <= least)] = IGNORE
     return labels.reshape(len(SLOTS), -1)
+
+
+GLYPHS = 21
+"""Nothing, ten digits as tens, ten digits as ones."""
+
+
+def glyph_labels(scene: Scene) -> np.ndarray:
+    """Which digit's ink each patch shows, int16 ``(GRID * GRID,)``: 0 for none, 1 to 10 for tens, 11 to 20 for ones;
+    ``IGNORE`` where too little of it is seen. Most background is ignored too, so that digits weigh enough."""
+    patch = SIDE // GRID
+    labels = np.full((GRID, GRID), IGNORE, np.int16)
+    seen = np.zeros((GRID, GRID))
+    edges = np.arange(GRID + 1) * patch
+    for thing in scene.things:
+        left, top, right, bottom = thing.region
+        rows, columns = slice(top // patch, -(-bottom // patch)), slice(left // patch, -(-right // patch))
+        labels[rows, columns] = 0
+    for thing in scene.things:
+        if thing.card is None or thing.card.number is None:
+            continue
+        centre, top = (thing.card.box[0] + thing.card.box[2]) / 2, thing.box[3] + 1
+        high = np.clip(np.minimum(edges[1:], top + 22) - np.maximum(edges[:-1], top), 0, patch) / patch
+        for place, digit in enumerate(divmod(thing.card.number, 10)):
+            start = centre + 16 * (place - 1)
+            wide = np.clip(np.minimum(edges[1:], start + 16) - np.maximum(edges[:-1], start), 0, patch) / patch
+            share = high[:, None] * wide[None, :]
+            own = share > np.maximum(seen, 0.2)
+            labels[own] = 1 + 10 * place + digit
+            labels[(share > 0.02) & ~own & (seen == 0)] = IGNORE
+            seen = np.maximum(seen, share * (share > 0.02))
+    return labels.reshape(-1)
 
 
 def presence(scene: Scene) -> np.ndarray:

@@ -7,7 +7,6 @@ as word embeddings, turns a patch into the words that it shows. [CLS] is taught 
 so its attention means what it means in CLIP: where the things are.
 """
 
-import json
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -21,8 +20,10 @@ from transformers import AttentionInterface, CLIPVisionConfig, CLIPVisionModel
 
 from tprl.checkpoint import load_checkpoint, load_optimizer, optimizer_tensors, prefixed, save_checkpoint, with_prefix
 from tprl.data.scenes import COLOURS, KINDS, SIDE, make_scene
-from tprl.pocket.labels import GRID, IGNORE, SLOTS, UNITS, patch_labels, presence
+from tprl.pocket.labels import GLYPHS, GRID, IGNORE, SLOTS, UNITS, glyph_labels, patch_labels, presence
 
+TOWER = "tower.safetensors"
+GLYPH_LAYER = 3
 NONE_LOGIT = -1.0
 SHARPNESS = 3.0
 
@@ -50,14 +51,17 @@ class Tower(nn.Module):
         self.words = nn.Linear(self.vision.config.hidden_size, UNITS)
         nn.init.constant_(self.words.bias, NONE_LOGIT - 1)
         self.presence = nn.Linear(self.vision.config.hidden_size, len(KINDS) + len(COLOURS))
+        self.glyphs = nn.Linear(self.vision.config.hidden_size, GLYPHS)
         with torch.no_grad():
             positions = self.vision.get_parameter("embeddings.position_embedding.weight")
             positions[1:] = sincos_positions(GRID, positions.shape[1])
 
-    def forward(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
-        """Pixels ``(B, 3, SIDE, SIDE)`` to unit pre-activations ``(B, N, UNITS)`` and presence logits."""
-        output = self.vision(pixels)
-        return self.words(output.last_hidden_state[:, 1:]), self.presence(output.pooler_output)
+    def forward(self, pixels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Pixels ``(B, 3, SIDE, SIDE)`` to unit pre-activations ``(B, N, UNITS)``, presence logits, and logits of the
+        glyphs on each patch ``(B, N, GLYPHS)``, the latter from the middle of the tower."""
+        output = self.vision(pixels, output_hidden_states=True)
+        middle = output.hidden_states[GLYPH_LAYER][:, 1:]
+        return self.words(output.last_hidden_state[:, 1:]), self.presence(output.pooler_output), self.glyphs(middle)
 
 
 def vision_config() -> CLIPVisionConfig:
@@ -107,7 +111,7 @@ def word_accuracy(units: Tensor, labels: Tensor) -> dict[str, float]:
     return scores
 
 
-class _Batches(Dataset[tuple[Tensor, Tensor, Tensor]]):
+class _Batches(Dataset[tuple[Tensor, Tensor, Tensor, Tensor]]):
     """Batch ``step`` of freshly drawn training scenes: pixels uint8, labels, presence."""
 
     def __init__(self, split: str, batch_size: int, first: int, last: int) -> None:
@@ -116,13 +120,14 @@ class _Batches(Dataset[tuple[Tensor, Tensor, Tensor]]):
     def __len__(self) -> int:
         return self.last - self.first
 
-    def __getitem__(self, index: int) -> tuple[Tensor, Tensor, Tensor]:
+    def __getitem__(self, index: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         start = (self.first + index) * self.batch_size
         scenes = [make_scene(self.split, i) for i in range(start, start + self.batch_size)]
         pixels = np.stack([np.asarray(scene.render()) for scene in scenes])
         labels = np.stack([patch_labels(scene) for scene in scenes], 1)
+        glyphs = np.stack([glyph_labels(scene) for scene in scenes])
         present = np.stack([presence(scene) for scene in scenes])
-        return torch.from_numpy(pixels), torch.from_numpy(labels), torch.from_numpy(present)
+        return torch.from_numpy(pixels), torch.from_numpy(labels), torch.from_numpy(glyphs), torch.from_numpy(present)
 
 
 def normalise(pixels: Tensor) -> Tensor:
@@ -146,7 +151,7 @@ def train_tower(run: Path, config: TowerConfig) -> Iterator[dict[str, float]]:
     others = [p for p in tower.parameters() if p.ndim <= 1]
     groups = [{"params": decayed, "weight_decay": config.weight_decay}, {"params": others, "weight_decay": 0.0}]
     optimizer = torch.optim.AdamW(groups, lr=config.learning_rate, betas=(0.9, 0.98))
-    path, start = run / "tower.safetensors", 0
+    path, start = run / TOWER, 0
     if path.exists():
         tensors, meta = load_checkpoint(path)
         tower.load_state_dict(with_prefix(tensors, "model."))
@@ -156,23 +161,26 @@ def train_tower(run: Path, config: TowerConfig) -> Iterator[dict[str, float]]:
     tower.vision.set_attn_implementation("plain")
 
     @torch.compile
-    def losses(pixels: Tensor, labels: Tensor, present: Tensor, weights: list[float]) -> tuple[Tensor, Tensor, Tensor]:
+    def losses(
+        pixels: Tensor, labels: Tensor, glyphs: Tensor, present: Tensor, weights: list[float]
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         with torch.autocast("cpu", torch.bfloat16):
-            units, presence_logits = tower(pixels)
+            units, presence_logits, glyph_logits = tower(pixels)
         units = units.float().flatten(0, 1)
         cls_loss = nn.functional.binary_cross_entropy_with_logits(presence_logits.float(), present)
-        return word_loss(units, labels, weights), cls_loss, units.detach()
+        glyph_loss = nn.functional.cross_entropy(glyph_logits.float().flatten(0, 1), glyphs, ignore_index=IGNORE)
+        return word_loss(units, labels, weights), cls_loss, glyph_loss, units.detach()
 
     loader = DataLoader(_Batches("train", config.batch_size, start, config.steps), batch_size=None, num_workers=1)
     clock = time.perf_counter()
-    for step, (pixels, labels, present) in enumerate(loader, start):
+    for step, (pixels, labels, glyphs, present) in enumerate(loader, start):
         for group in optimizer.param_groups:
             group["lr"] = config.learning_rate * schedule(step, config.warmup_steps, config.steps)
         flat = labels.long().flatten(1)
         weights = [slot.weight * (step >= config.context_from or not slot.context) for slot in SLOTS]
-        loss, cls_loss, units = losses(normalise(pixels), flat, present, weights)
+        loss, cls_loss, glyph_loss, units = losses(normalise(pixels), flat, glyphs.long().flatten(), present, weights)
         optimizer.zero_grad()
-        (loss + cls_loss).backward()
+        (loss + cls_loss + 0.5 * glyph_loss).backward()
         norm = nn.utils.clip_grad_norm_(tower.parameters(), 1.0)
         if not torch.isfinite(norm):
             raise RuntimeError(f"the gradient is not finite at step {step}")
@@ -184,6 +192,7 @@ def train_tower(run: Path, config: TowerConfig) -> Iterator[dict[str, float]]:
                 "seconds_per_step": (time.perf_counter() - clock) / 20,
                 "loss": loss.item(),
                 "cls_loss": cls_loss.item(),
+                "glyph_loss": glyph_loss.item(),
                 **scores,
             }
             clock = time.perf_counter()
@@ -193,19 +202,5 @@ def train_tower(run: Path, config: TowerConfig) -> Iterator[dict[str, float]]:
 
 
 def schedule(step: int, warmup: int, steps: int) -> float:
-    """Linear warm-up, then half a cosine down to a twentieth."""
-    if step < warmup:
-        return (step + 1) / warmup
-    return 0.05 + 0.95 * 0.5 * (1 + np.cos(np.pi * (step - warmup) / max(1, steps - warmup)))
-
-
-if __name__ == "__main__":
-    import sys
-
-    run = Path(sys.argv[1])
-    run.mkdir(parents=True, exist_ok=True)
-    with (run / "tower.jsonl").open("a") as log:
-        for metrics in train_tower(run, TowerConfig(steps=int(sys.argv[2]))):
-            log.write(json.dumps(metrics) + "\n")
-            log.flush()
-            print({k: round(v, 3) for k, v in metrics.items()}, flush=True)
+    """Linear warm-up, a plateau, and over the last fifth a linear way down to a fiftieth."""
+    return max(0.02, min(1.0, (step + 1) / warmup, 5 * (steps - step) / steps))

@@ -1,0 +1,153 @@
+"""Stage three of pocket-llava: tower, projector and language model learn together, on real pictures.
+
+The projector starts as what stages one and two agreed on: the tower's read-out of words, and the words' embeddings.
+All losses of the first two stages go on beside the answers', so that neither side forgets. Every one of the 576
+visual tokens is always shown.
+"""
+
+import time
+from collections import defaultdict
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from transformers import AttentionInterface, LlavaForConditionalGeneration
+
+from tprl.checkpoint import load_checkpoint, load_optimizer, optimizer_tensors, prefixed, save_checkpoint, with_prefix
+from tprl.data.scenes import FAMILIES, make_scene
+from tprl.lvlm.packing import pack
+from tprl.pocket.base import IMAGE_TOKEN, load_base
+from tprl.pocket.labels import GRID, IGNORE, SLOTS, UNITS, glyph_labels, patch_labels, presence
+from tprl.pocket.language import LANGUAGE, answer_loss
+from tprl.pocket.looking import Looking, relevant_patches
+from tprl.pocket.model import new_llava
+from tprl.pocket.questions import DESCRIBE, Tokens, draw_questions
+from tprl.pocket.tower import GLYPH_LAYER, TOWER, Tower, normalise, plain_attention, schedule, word_accuracy, word_loss
+from tprl.pocket.words import blank_word, word_columns
+
+JOINT = "joint.safetensors"
+FAMILY_WEIGHTS = dict.fromkeys(FAMILIES, 1.0) | {DESCRIBE: 1.0}
+
+
+@dataclass(frozen=True)
+class JointConfig:
+    """How the whole is trained; all randomness follows from ``seed`` and the step."""
+
+    steps: int = 700
+    pictures: int = 6
+    questions: int = 20
+    language_rate: float = 4e-4
+    tower_rate: float = 3e-4
+    warmup_steps: int = 30
+    seed: int = 0
+    save_every: int = 50
+
+
+class Pocket(nn.Module):
+    """The model and the read-outs that only its training needs.
+
+    Args:
+        llava: see ``new_llava``.
+        tower: gives the read-outs of presence and glyphs.
+    """
+
+    def __init__(self, llava: LlavaForConditionalGeneration, tower: Tower) -> None:
+        super().__init__()
+        self.llava, self.presence, self.glyphs = llava, tower.presence, tower.glyphs
+
+    def see(self, pixels: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Pixels ``(B, 3, SIDE, SIDE)`` to visual tokens ``(B, N, D)``, pre-activations of the words
+        ``(B, N, UNITS)``, presence logits and glyph logits."""
+        projector = self.llava.model.multi_modal_projector
+        output = self.llava.model.vision_tower(pixels, output_hidden_states=True)
+        hidden = projector.linear_1(output.last_hidden_state[:, 1:])
+        visual = projector.linear_2(projector.act(hidden))
+        glyphs = self.glyphs(output.hidden_states[GLYPH_LAYER][:, 1:])
+        return visual, hidden[..., :UNITS], self.presence(output.pooler_output), glyphs
+
+
+def start(run: Path) -> tuple[Pocket, Tokens]:
+    """The model as stages one and two in ``run`` left its parts."""
+    base, tokenizer = load_base()
+    language, _ = load_checkpoint(run / LANGUAGE)
+    base.load_state_dict(with_prefix(language, "model."), strict=False)
+    tower = Tower()
+    tower.load_state_dict(with_prefix(load_checkpoint(run / TOWER)[0], "model."))
+    llava = new_llava(base, tokenizer.convert_tokens_to_ids(IMAGE_TOKEN))
+    llava.model.vision_tower.load_state_dict(tower.vision.state_dict())
+    projector = llava.model.multi_modal_projector
+    embeddings = base.get_input_embeddings().weight
+    with torch.no_grad():
+        projector.linear_1.weight.normal_(0, 0.02)[:UNITS] = tower.words.weight
+        projector.linear_1.bias.zero_()[:UNITS] = tower.words.bias
+        projector.linear_2.weight.zero_()[:, :UNITS] = word_columns(embeddings, tokenizer)
+        projector.linear_2.bias.copy_(blank_word(embeddings, tokenizer))
+    return Pocket(llava, tower), Tokens(tokenizer)
+
+
+def train_joint(run: Path, config: JointConfig) -> Iterator[dict[str, float]]:
+    """Train, or go on training, the whole in ``run``; yields metrics every 10 steps."""
+    torch.manual_seed(config.seed)
+    pocket, tokens = start(run)
+    AttentionInterface.register("plain", plain_attention)
+    pocket.llava.model.vision_tower.set_attn_implementation("plain")
+    language, head = pocket.llava.model.language_model, pocket.llava.lm_head
+    language.get_input_embeddings().weight.requires_grad_(False)
+    looking = Looking(language)
+    own = {name: p for name, p in pocket.named_parameters() if p.requires_grad}
+    of_language = [p for name, p in own.items() if ".language_model." in name]
+    of_tower = [p for name, p in own.items() if ".language_model." not in name]
+    groups = [{"params": of_language, "rate": config.language_rate}, {"params": of_tower, "rate": config.tower_rate}]
+    optimizer = torch.optim.AdamW(groups, lr=0.0, betas=(0.9, 0.95), weight_decay=0.0)
+    path, first = run / JOINT, 0
+    if path.exists():
+        tensors, meta = load_checkpoint(path)
+        pocket.load_state_dict(with_prefix(tensors, "model."), strict=False)
+        load_optimizer(optimizer, tensors)
+        first = meta["step"]
+    everything = torch.arange(GRID**2).repeat(config.pictures, 1)
+    seen: dict[str, list[float]] = defaultdict(list)
+    clock = time.perf_counter()
+    for step in range(first, config.steps):
+        rng = np.random.default_rng((config.seed, 7, step))
+        scenes = [make_scene("train", int(i)) for i in rng.integers(2**31, size=config.pictures)]
+        pixels = torch.from_numpy(np.stack([np.asarray(scene.render()) for scene in scenes]))
+        labels = torch.from_numpy(np.stack([patch_labels(scene) for scene in scenes], 1)).long()
+        glyphs = torch.from_numpy(np.stack([glyph_labels(scene) for scene in scenes])).long()
+        present = torch.from_numpy(np.stack([presence(scene) for scene in scenes]))
+        asked = [draw_questions(scene, tokens, rng, config.questions, FAMILY_WEIGHTS) for scene in scenes]
+        packed = pack(tokens.before, everything, everything >= 0, GRID**2, [questions.blocks for questions in asked])
+        for group in optimizer.param_groups:
+            group["lr"] = group["rate"] * schedule(step, config.warmup_steps, config.steps)
+        with torch.autocast("cpu", torch.bfloat16):
+            visual, units, presence_logits, glyph_logits = pocket.see(normalise(pixels))
+            answered, right = answer_loss(language, head, visual, packed)
+            looked = looking.loss(packed, *relevant_patches(asked, labels))
+        units = units.float().flatten(0, 1)
+        named = word_loss(units, labels.flatten(1), [slot.weight for slot in SLOTS])
+        known = nn.functional.binary_cross_entropy_with_logits(presence_logits.float(), present)
+        read = nn.functional.cross_entropy(glyph_logits.float().flatten(0, 1), glyphs.flatten(), ignore_index=IGNORE)
+        optimizer.zero_grad()
+        (answered + 0.3 * looked + 0.5 * named + 0.5 * known + 0.25 * read).backward()
+        if not torch.isfinite(nn.utils.clip_grad_norm_(own.values(), 1.0)):
+            raise RuntimeError(f"the gradient is not finite at step {step}")
+        optimizer.step()
+        for name, value in (("loss", answered), ("look", looked), ("words", named), ("glyph", read)):
+            seen[name].append(value.item())
+        for name, value in word_accuracy(units.detach(), labels.flatten(1)).items():
+            seen["see " + name].append(value)
+        for family, hit in zip([f for questions in asked for f in questions.families], right.tolist(), strict=True):
+            seen[family].append(hit)
+        if (step + 1) % 10 == 0:
+            seconds = (time.perf_counter() - clock) / 10
+            yield {"step": step + 1, "seconds_per_step": seconds} | {
+                name: float(np.mean(v)) for name, v in seen.items()
+            }
+            seen.clear()
+            clock = time.perf_counter()
+        if (step + 1) % config.save_every == 0 or step + 1 == config.steps:
+            state = prefixed(((n, p) for n, p in pocket.named_parameters() if p.requires_grad), "model.")
+            save_checkpoint(path, state | optimizer_tensors(optimizer), {"step": step + 1})

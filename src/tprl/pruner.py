@@ -74,7 +74,7 @@ class TokenPruner(nn.Module):
                 f"budgets must lie between 1 and the number of visual tokens {real.tolist()}, got {budget.tolist()}"
             )
         probs = self.keep_probs(visual).masked_fill(~visual.mask, -1)
-        rank = probs.argsort(1, descending=True, stable=True).argsort(1)
+        rank = probs.argsort(dim=1, descending=True, stable=True).argsort(1)
         return Selection(rank < budget[:, None])
 
     def select_above(self, visual: VisualTokens, threshold: float | None = None) -> Selection:

@@ -9,6 +9,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, cast
 
 import torch
 from safetensors import safe_open
@@ -21,10 +22,13 @@ from tprl.lvlm.model import ImageFeatures, Lvlm
 from tprl.lvlm.packing import Block
 from tprl.lvlm.score import AnswerScorer, AnswerScores
 from tprl.progress import track
+from tprl.scoring import score
 from tprl.types import VisualTokens
 
 SHARD_PICTURES = 128
 ENCODE_BATCH = 16
+ANSWER_LIMIT = 32
+"""Tokens after which a generated answer is cut off."""
 
 
 @dataclass(frozen=True)
@@ -61,6 +65,10 @@ class EncodedSamples:
         self.folder.mkdir(parents=True, exist_ok=True)
         self._build()
         self.scorer = AnswerScorer(lvlm.model.model.language_model, lvlm.model.lm_head, lvlm.prompt_ids("?")[0])
+        self.questions: dict[str, list[int]] = {image_id: [] for image_id in self.image_ids}
+        for index, sample in enumerate(self.samples):
+            self.questions[sample.image_id].append(index)
+        self._blocks: dict[int, Block] = {}
         self._unpruned: AnswerScores | None = None
 
     def __len__(self) -> int:
@@ -69,7 +77,8 @@ class EncodedSamples:
     def visual(self, indices: Sequence[int]) -> VisualTokens:
         """The padded batch of samples ``indices``: pictures and their questions."""
         features = [self.features(self.samples[i].image_id) for i in indices]
-        return self.lvlm.visual_tokens(features, [self.samples[i].question for i in indices])
+        visual = self.lvlm.visual_tokens(features, [self.samples[i].question for i in indices])
+        return visual.to(self.lvlm.device)
 
     def features(self, image_id: str) -> ImageFeatures:
         """One picture's tokens, places and signals, read from its shard."""
@@ -80,14 +89,78 @@ class EncodedSamples:
 
     def block(self, index: int) -> Block:
         """Question and reference answer of a sample, tokenised, as they follow the picture."""
-        sample = self.samples[index]
-        _, prompt = self.lvlm.prompt_ids(sample.question)
-        _, whole = self.lvlm.prompt_ids(sample.question, sample.answers[0])
-        return Block(whole, len(prompt))
+        if index not in self._blocks:
+            sample = self.samples[index]
+            _, prompt = self.lvlm.prompt_ids(sample.question)
+            _, whole = self.lvlm.prompt_ids(sample.question, sample.answers[0])
+            self._blocks[index] = Block(whole, len(prompt))
+        return self._blocks[index]
 
     def score(self, indices: Sequence[int], tokens: Tensor, keep_mask: Tensor) -> AnswerScores:
         """Scores of the reference answers of samples ``indices`` from the kept tokens, one row each."""
         return self.scorer.score(tokens, keep_mask, [[self.block(i)] for i in indices])
+
+    def accuracy(self, indices: Sequence[int], tokens: Tensor, keep_mask: Tensor) -> Tensor:
+        """How right the greedy answers to samples ``indices`` are, one row each.
+
+        Where one text is accepted, 1 exactly if greedy decoding yields it, which one teacher-forced pass tells. Boxes
+        and samples with several accepted answers are answered token by token and scored by ``tprl.scoring.score``.
+
+        Args:
+            tokens: ``(B, N, D)``.
+            keep_mask: bool ``(B, N)``.
+
+        Returns:
+            float32 ``(B,)`` in [0, 1].
+        """
+        result = torch.zeros(len(indices))
+        told = torch.tensor([self._one_text(i) for i in indices], dtype=torch.bool, device=keep_mask.device)
+        if bool(told.any()):
+            rows = [[self.block(i)] for i in indices if self._one_text(i)]
+            result[told.cpu()] = self.scorer.score(tokens[told], keep_mask[told], rows).correct.float()
+        asked = [i for i in indices if not self._one_text(i)]
+        if asked:
+            answers = self.answers(asked, tokens[~told], keep_mask[~told])
+            scores = [score(self.samples[i], answer) for i, answer in zip(asked, answers, strict=True)]
+            result[~told.cpu()] = torch.tensor(scores)
+        return result
+
+    def picture_accuracy(self, image_ids: Sequence[str], tokens: Tensor, keep_mask: Tensor) -> tuple[list[int], Tensor]:
+        """``accuracy`` of all samples on some pictures, where what is kept depends on the picture alone, so that its
+        questions share one row.
+
+        Args:
+            tokens: ``(P, N, D)``, a row a picture.
+            keep_mask: bool ``(P, N)``.
+
+        Returns:
+            The samples' indices, and float32 in [0, 1] for each.
+        """
+        told = [[i for i in self.questions[image_id] if self._one_text(i)] for image_id in image_ids]
+        asked = [(row, i) for row, image_id in enumerate(image_ids) for i in self.questions[image_id]]
+        asked = [(row, i) for row, i in asked if not self._one_text(i)]
+        indices, result = [i for row in told for i in row], torch.zeros(0)
+        if indices:
+            full = [row for row, questions in enumerate(told) if questions]
+            blocks = [[self.block(i) for i in told[row]] for row in full]
+            result = self.scorer.score(tokens[full], keep_mask[full], blocks).correct.float()
+        if asked:
+            rows = [row for row, _ in asked]
+            generated = self.accuracy([i for _, i in asked], tokens[rows], keep_mask[rows])
+            indices, result = indices + [i for _, i in asked], torch.cat([result, generated])
+        return indices, result
+
+    def answers(self, indices: Sequence[int], tokens: Tensor, keep_mask: Tensor) -> list[str]:
+        """The greedy answers to samples ``indices`` as texts, one row each; arguments as for ``accuracy``."""
+        blocks = [self.block(i) for i in indices]
+        prompts = [block.ids[: block.answer_start] for block in blocks]
+        ids = self.scorer.generate(tokens, keep_mask, prompts, blocks[0].ids[-1], ANSWER_LIMIT)
+        tokenizer = cast(Any, self.lvlm.processor).tokenizer
+        return [tokenizer.decode(answer, skip_special_tokens=True) for answer in ids]
+
+    def _one_text(self, index: int) -> bool:
+        sample = self.samples[index]
+        return sample.box is None and len(sample.answers) == 1
 
     @property
     def unpruned(self) -> AnswerScores:
@@ -96,7 +169,7 @@ class EncodedSamples:
             text = "\n".join(f"{s.image_id}\t{s.question}\t{s.answers[0]}" for s in self.samples)
             path = self.folder / f"unpruned-{hashlib.sha256(text.encode()).hexdigest()[:16]}.safetensors"
             if not path.exists():
-                scores = self.score_shared({image_id: None for image_id in self.image_ids}, "unpruned answers")
+                scores = self.score_shared(dict.fromkeys(self.image_ids), "unpruned answers")
                 save_checkpoint(path, {"log_prob": scores.log_prob, "correct": scores.correct}, {})
             self._unpruned = AnswerScores(**load_checkpoint(path)[0])
         return self._unpruned
@@ -111,20 +184,17 @@ class EncodedSamples:
             label: what the progress bar says.
             tokens: changed tokens of pictures, from selectors that merge.
         """
-        by_image: dict[str, list[int]] = {}
-        for index, sample in enumerate(self.samples):
-            by_image.setdefault(sample.image_id, []).append(index)
         log_prob, correct = torch.zeros(len(self)), torch.zeros(len(self), dtype=torch.bool)
         for start in track(range(0, len(self.image_ids), 8), label):
             chosen = self.image_ids[start : start + 8]
-            shown = [(tokens or {}).get(i, self.features(i).tokens) for i in chosen]
+            shown = [tokens[i] if tokens and i in tokens else self.features(i).tokens for i in chosen]
             masks = [
                 torch.ones(len(t), dtype=torch.bool) if keep[i] is None else keep[i]
                 for i, t in zip(chosen, shown, strict=True)
             ]
-            rows = [[self.block(i) for i in by_image[image_id]] for image_id in chosen]
+            rows = [[self.block(i) for i in self.questions[image_id]] for image_id in chosen]
             scores = self.scorer.score(pad_sequence(shown, True), pad_sequence(masks, True), rows)
-            at = torch.tensor([i for image_id in chosen for i in by_image[image_id]])
+            at = torch.tensor([i for image_id in chosen for i in self.questions[image_id]])
             log_prob[at], correct[at] = scores.log_prob, scores.correct
         return AnswerScores(log_prob, correct)
 

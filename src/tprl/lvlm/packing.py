@@ -46,7 +46,7 @@ class Packed:
 def kept_indices(keep_mask: Tensor) -> tuple[Tensor, Tensor]:
     """Raster-order indices of the kept tokens, padded with 0 to the longest row: int64 ``(B, K)``, and bool
     ``(B, K)``, True where real."""
-    order = keep_mask.int().argsort(1, descending=True, stable=True)[:, : int(keep_mask.sum(1).max())]
+    order = keep_mask.int().argsort(dim=1, descending=True, stable=True)[:, : int(keep_mask.sum(1).max())]
     real = keep_mask.gather(1, order)
     return order * real, real
 

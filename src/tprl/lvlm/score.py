@@ -4,13 +4,13 @@ Where an answer has one accepted text, greedy generation yields it exactly when 
 one under teacher forcing, so accuracy needs no generation token by token.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 
 import torch
 from torch import Tensor, nn
 from transformers import DynamicCache, PreTrainedModel
 
-from tprl.lvlm.packing import IGNORE, Block, kept_indices, pack
+from tprl.lvlm.packing import IGNORE, Block, Packed, kept_indices, pack
 
 
 @dataclass(frozen=True)
@@ -46,7 +46,7 @@ class AnswerScorer:
         """Score every block of every row, in reading order.
 
         Args:
-            tokens: visual tokens ``(B, N, D)``, or ``(1, N, D)`` or an expanded view for a shared picture.
+            tokens: visual tokens ``(B, N, D)``; an expanded view will do for a shared picture.
             keep_mask: bool ``(B, N)``.
             rows: the questions about each row's kept tokens, each with its answer.
         """
@@ -73,29 +73,30 @@ class AnswerScorer:
         answers: list[list[int]] = [[] for _ in prompts]
         rows = [[Block(prompt, len(prompt))] for prompt in prompts]
         for chosen in self._passes(keep_mask, rows):
-            for i, answer in zip(
-                chosen, self._greedy(tokens[chosen], keep_mask[chosen], [rows[j] for j in chosen], limit), strict=True
-            ):
+            texts = self._greedy(tokens[chosen], keep_mask[chosen], [rows[i] for i in chosen], end, limit)
+            for i, answer in zip(chosen, texts, strict=True):
                 answers[i] = answer[: answer.index(end)] if end in answer else answer
         return answers
 
     def _passes(self, keep_mask: Tensor, rows: list[list[Block]]) -> list[list[int]]:
-        """Rows grouped by length, so that padding stays small and a pass holds ``tokens_per_pass`` at most."""
-        lengths = keep_mask.sum(1) + torch.tensor([sum(len(block.ids) for block in blocks) for blocks in rows])
+        """Rows grouped by length: a pass holds ``tokens_per_pass`` at most, and no row is mostly padding."""
+        text = torch.tensor([sum(len(block.ids) for block in blocks) for blocks in rows])
+        lengths = (len(self.before) + keep_mask.sum(1).cpu() + text).tolist()
         passes: list[list[int]] = []
-        for i in lengths.argsort(descending=True).tolist():
-            if (
-                passes
-                and (len(passes[-1]) + 1) * (int(lengths[passes[-1][0]]) + len(self.before)) <= self.tokens_per_pass
-            ):
+        for i in sorted(range(len(rows)), key=lambda row: -lengths[row]):
+            longest = lengths[passes[-1][0]] if passes else 0
+            if 2 * lengths[i] >= longest > 0 and (len(passes[-1]) + 1) * longest <= self.tokens_per_pass:
                 passes[-1].append(i)
             else:
                 passes.append([i])
         return passes
 
-    def _embed(self, tokens: Tensor, keep_mask: Tensor, rows: list[list[Block]]):
+    def _embed(self, tokens: Tensor, keep_mask: Tensor, rows: list[list[Block]]) -> tuple[Packed, Tensor]:
+        """The rows as a batch of input embeddings ``(B, L, D)``, on the language model's device."""
         indices, real = kept_indices(keep_mask)
-        packed = pack(self.before, indices, real, keep_mask.shape[1], rows)
+        packed = pack(self.before, indices.cpu(), real.cpu(), keep_mask.shape[1], rows)
+        tensors = {f.name: getattr(packed, f.name) for f in fields(packed) if f.name != "visual"}
+        packed = replace(packed, **{name: tensor.to(self.language.device) for name, tensor in tensors.items()})
         embeds = self.language.get_input_embeddings()(packed.ids)
         visual = tokens.gather(1, indices[..., None].expand(-1, -1, tokens.shape[-1])).to(embeds.dtype)
         embeds = torch.cat([embeds[:, : packed.visual.start], visual, embeds[:, packed.visual.stop :]], 1)
@@ -108,18 +109,20 @@ class AnswerScorer:
         ).last_hidden_state
         places = packed.targets != IGNORE
         logits = self.head(hidden[places]).float()
-        targets, owners = packed.targets[places], packed.owners[places]
-        count = int(owners.max()) + 1
-        log_probs = logits.log_softmax(1).gather(1, targets[:, None])[:, 0]
-        lengths = torch.zeros(count).index_add(0, owners, torch.ones(len(owners)))
-        wrong = torch.zeros(count).index_add(0, owners, (logits.argmax(1) != targets).float())
-        return AnswerScores(torch.zeros(count).index_add(0, owners, log_probs) / lengths, wrong == 0)
+        targets, owners = packed.targets[places], packed.owners[places].cpu()
+        log_probs = logits.log_softmax(1).gather(1, targets[:, None])[:, 0].cpu()
+        wrong = (logits.argmax(1) != targets).float().cpu()
+        empty = torch.zeros(int(owners.max()) + 1)
+        lengths = empty.index_add(0, owners, torch.ones(len(owners)))
+        return AnswerScores(empty.index_add(0, owners, log_probs) / lengths, empty.index_add(0, owners, wrong) == 0)
 
-    def _greedy(self, tokens: Tensor, keep_mask: Tensor, rows: list[list[Block]], limit: int) -> list[list[int]]:
+    def _greedy(
+        self, tokens: Tensor, keep_mask: Tensor, rows: list[list[Block]], end: int, limit: int
+    ) -> list[list[int]]:
         packed, embeds = self._embed(tokens, keep_mask, rows)
-        lengths = torch.tensor([len(blocks[0].ids) for blocks in rows])
+        lengths = torch.tensor([len(blocks[0].ids) for blocks in rows], device=embeds.device)
         last = packed.visual.stop + lengths - 1
-        row = torch.arange(len(rows))
+        row = torch.arange(len(rows), device=embeds.device)
         cache = DynamicCache()
         hidden = self.language(
             inputs_embeds=embeds,
@@ -132,8 +135,9 @@ class AnswerScorer:
         position = packed.positions[row, last]
         chosen = self.head(hidden[row, last]).argmax(1)
         answers = [chosen]
-        for _ in range(limit - 1):
-            visible = torch.cat([visible, torch.ones(len(rows), 1, dtype=torch.bool)], 1)
+        ended = chosen == end
+        while len(answers) < limit and not bool(ended.all()):
+            visible = nn.functional.pad(visible, (0, 1), value=True)
             position = position + 1
             hidden = self.language(
                 input_ids=chosen[:, None],
@@ -144,4 +148,5 @@ class AnswerScorer:
             ).last_hidden_state
             chosen = self.head(hidden[:, 0]).argmax(1)
             answers.append(chosen)
+            ended |= chosen == end
         return torch.stack(answers, 1).tolist()

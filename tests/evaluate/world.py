@@ -1,0 +1,106 @@
+"""A tiny LVLM that looks, answers with one word and stops, and questions about random pictures."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from lvlm.tiny import make
+from PIL import Image
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import Split
+from transformers import CLIPImageProcessorPil, LlavaProcessor, PreTrainedTokenizerFast
+
+from tprl.data.sample import Sample
+from tprl.lvlm.model import Lvlm
+
+TEMPLATE = (
+    "{% for message in messages %}{{ '[' + message['role'] + '] ' }}{% for part in message['content'] %}"
+    "{% if part['type'] == 'image' %}{{ '<image> ' }}{% else %}{{ part['text'] + ' ' }}{% endif %}{% endfor %}"
+    "{{ '[end] ' }}{% endfor %}{% if add_generation_prompt %}{{ '[assistant] ' }}{% endif %}"
+)
+WORDS = ["<pad>", "<unk>", "[user]", "[assistant]", "[end]", "what", "is", "it", "where", "now", "?"]
+TEXTS = ["cat", "dog", "red", "two"]
+BOXES = ["[0,0,4,4]", "[0,0,8,8]", "[4,4,8,8]", "[2,2,8,8]"]
+VOCABULARY = {word: number for number, word in enumerate([*WORDS, *TEXTS, *BOXES])} | {"<image>": 60}
+END = VOCABULARY["[end]"]
+QUESTIONS = ["what is it ?", "where is it now ?", "is it ?", "what now ?"]
+
+
+def tiny_lvlm() -> Lvlm:
+    """16 visual tokens. Which of ``TEXTS`` and ``BOXES`` it answers depends on picture and question; then it stops."""
+    model = make("llava", torch.float32).model
+    words, head = model.get_input_embeddings().weight, model.lm_head.weight
+    answers = torch.tensor([VOCABULARY[word] for word in [*TEXTS, *BOXES]])
+    with torch.no_grad():
+        head[:, :2] = 0
+        words[:, :2] = 0
+        for name, weight in model.named_parameters():
+            if name.endswith(("o_proj.weight", "down_proj.weight")) or ".linear_2." in name:
+                weight[:2] = 0  # no layer writes to the first two features
+        words[answers, 0] = 100  # after an answer the first feature is all there is, and it means the end
+        head[END, 0] = 100
+        words[VOCABULARY["[assistant]"], 1] = 2  # after the prompt everything but an answer is out of the question
+        head[:, 1] = -100
+        head[answers, 1] = 0
+        head[answers, 2:] *= 3
+    backend = Tokenizer(WordLevel(VOCABULARY, unk_token="<unk>"))
+    backend.pre_tokenizer = Split(" ", "removed")
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=backend, pad_token="<pad>", eos_token="[end]", unk_token="<unk>",
+        additional_special_tokens=["<image>"],
+    )  # fmt: skip
+    side = {"height": 24, "width": 24}
+    processor = LlavaProcessor(
+        CLIPImageProcessorPil(size=side, crop_size=side), tokenizer, patch_size=6,
+        vision_feature_select_strategy="default", num_additional_image_tokens=1, chat_template=TEMPLATE,
+    )  # fmt: skip
+    return Lvlm(model, processor)
+
+
+class World:
+    """``pictures`` random pictures with four questions each; accepted are one text, several texts, or a box."""
+
+    name, split = "world", "test"
+
+    def __init__(self, pictures: int = 6) -> None:
+        rng = np.random.default_rng(0)
+        self._pixels = rng.integers(0, 256, (pictures, 24, 24, 3), dtype=np.uint8)
+        samples = []
+        for index in range(4 * pictures):
+            text = str(rng.choice(TEXTS))
+            answers, box, family = (text,), None, "word"
+            if index % 4 == 1:
+                answers, family = (text, text, str(rng.choice(TEXTS))), "people"
+            if index % 4 == 3:
+                family = "box"
+                answers = (str(rng.choice(BOXES)),)
+                left, top, right, bottom = (int(edge) / 8 for edge in answers[0][1:-1].split(","))
+                box = (left, top, right, bottom)
+            question = QUESTIONS[index % 4]
+            samples.append(Sample(str(index), f"{index // 4}", question, answers, family, box, 8.0 if box else 1.0))
+        self.samples: Sequence[Sample] = samples
+
+    def image(self, image_id: str) -> Image.Image:
+        return Image.fromarray(self._pixels[int(image_id)])
+
+
+def save_world(folder: Path, world: World) -> Path:
+    """The same questions as a JSONL file with a picture folder of PNGs; returns the file."""
+    import json
+
+    records = []
+    for sample in world.samples:
+        world.image(sample.image_id).save(folder / f"{sample.image_id}.png")
+        record = {"image": f"{sample.image_id}.png", "question": sample.question, "family": sample.family}
+        if sample.box:
+            record |= {"box": [int(edge * 8) for edge in sample.box], "box_scale": 8}
+        elif len(sample.answers) > 1:
+            record |= {"answers": list(sample.answers)}
+        else:
+            record |= {"answer": sample.answers[0]}
+        records.append(record)
+    path = folder / "world.jsonl"
+    path.write_text("".join(json.dumps(record) + "\n" for record in records))
+    return path

@@ -1,0 +1,71 @@
+"""Cached pictures, and how right the model's answers are."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from evaluate.world import World, tiny_lvlm
+
+from tprl.data.sample import Source
+from tprl.evaluate.latency import prompt_inputs
+from tprl.lvlm.cache import EncodedSamples
+from tprl.lvlm.model import Lvlm
+from tprl.scoring import score
+
+
+@pytest.fixture(scope="module")
+def lvlm() -> Lvlm:
+    return tiny_lvlm()
+
+
+@pytest.fixture(scope="module")
+def encoded(lvlm: Lvlm, tmp_path_factory: pytest.TempPathFactory) -> EncodedSamples:
+    return EncodedSamples(lvlm, World(), tmp_path_factory.mktemp("cache"), frozenset({"cls_attention"}))
+
+
+def generated(lvlm: Lvlm, source: Source, index: int) -> str:
+    """The greedy answer to one sample, by the model's own ``generate``."""
+    inputs = prompt_inputs(lvlm, source, source.samples[index])
+    end = lvlm.processor.tokenizer.convert_tokens_to_ids("[end]")
+    output = lvlm.model.generate(**inputs, max_new_tokens=4, do_sample=False, eos_token_id=end)
+    return lvlm.processor.tokenizer.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+
+
+def test_what_comes_from_disk_is_what_the_model_computes(lvlm: Lvlm, encoded: EncodedSamples) -> None:
+    world = encoded.source
+    visual = encoded.visual(range(24))
+    direct = lvlm.encode_images([world.image(str(i)) for i in range(6)], frozenset({"cls_attention"}))
+    for index in range(24):
+        torch.testing.assert_close(visual.tokens[index], direct[index // 4].tokens)
+        torch.testing.assert_close(visual.signals["cls_attention"][index], direct[index // 4].signals["cls_attention"])
+    assert visual.mask.shape == (24, 16)
+    assert visual.query_mask.sum(1).tolist() == [4, 5, 3, 3] * 6
+
+
+def test_unpruned_accuracy_is_that_of_generate(lvlm: Lvlm, encoded: EncodedSamples) -> None:
+    world = encoded.source
+    wanted = [score(world.samples[i], generated(lvlm, world, i)) for i in range(24)]
+    assert 0 < sum(wanted) < 24
+    visual = encoded.visual(range(24))
+    assert encoded.accuracy(range(24), visual.tokens, visual.mask).tolist() == pytest.approx(wanted)
+
+
+def test_questions_about_one_picture_share_a_row(encoded: EncodedSamples) -> None:
+    firsts = [encoded.questions[image_id][0] for image_id in encoded.image_ids]
+    pictures, every = encoded.visual(firsts), encoded.visual(range(24))
+    keep = torch.rand(6, 16, generator=torch.Generator().manual_seed(0)) < 0.5
+    indices, shared = encoded.picture_accuracy(encoded.image_ids, pictures.tokens, keep)
+    assert sorted(indices) == list(range(24))
+    alone = encoded.accuracy(range(24), every.tokens, keep.repeat_interleave(4, 0))
+    torch.testing.assert_close(shared, alone[indices])
+    assert encoded.answers(indices, every.tokens[indices], every.mask[indices]) == [
+        encoded.answers([i], every.tokens[[i]], every.mask[[i]])[0] for i in indices
+    ]
+
+
+def test_a_second_cache_reads_what_the_first_wrote(lvlm: Lvlm, encoded: EncodedSamples) -> None:
+    lvlm_without_tower = Lvlm(lvlm.model, lvlm.processor)
+    lvlm_without_tower.encode_images = None  # type: ignore[method-assign,assignment]
+    again = EncodedSamples(lvlm_without_tower, encoded.source, encoded.folder.parent, encoded.signals)
+    assert again.folder == encoded.folder
+    torch.testing.assert_close(again.features("3").tokens, encoded.features("3").tokens)

@@ -5,13 +5,13 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from lvlm.tiny import make
 from PIL import Image
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Split
 from transformers import CLIPImageProcessorPil, LlavaProcessor, PreTrainedTokenizerFast
 
+from lvlm.tiny import make
 from tprl.data.sample import Sample
 from tprl.lvlm.model import Lvlm
 

@@ -1,11 +1,9 @@
 """Cached pictures, and how right the model's answers are."""
 
-from pathlib import Path
-
 import pytest
 import torch
-from evaluate.world import World, tiny_lvlm
 
+from evaluate.world import World, tiny_lvlm
 from tprl.data.sample import Source
 from tprl.evaluate.latency import prompt_inputs
 from tprl.lvlm.cache import EncodedSamples

@@ -188,9 +188,10 @@ class EncodedSamples:
         for start in track(range(0, len(self.image_ids), 8), label):
             chosen = self.image_ids[start : start + 8]
             shown = [tokens[i] if tokens and i in tokens else self.features(i).tokens for i in chosen]
+            given = [keep[i] for i in chosen]
             masks = [
-                torch.ones(len(t), dtype=torch.bool) if keep[i] is None else keep[i]
-                for i, t in zip(chosen, shown, strict=True)
+                torch.ones(len(part), dtype=torch.bool) if mask is None else mask
+                for mask, part in zip(given, shown, strict=True)
             ]
             rows = [[self.block(i) for i in self.questions[image_id]] for image_id in chosen]
             scores = self.scorer.score(pad_sequence(shown, True), pad_sequence(masks, True), rows)

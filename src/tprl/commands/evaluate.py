@@ -1,0 +1,99 @@
+"""``tprl evaluate``: how much accuracy pruning costs and what it saves, against the peers, in one run."""
+
+from pathlib import Path
+
+import tprl
+from tprl.data import load_source
+from tprl.evaluate.benchmark import Benchmark
+from tprl.evaluate.methods import check_names, make_methods
+from tprl.evaluate.tables import markdown_table, write_tables
+from tprl.pocket.assemble import open_lvlm
+from tprl.pruner import TokenPruner
+
+SHIPPED_PRUNER = Path(tprl.__file__).parent / "assets" / "pruner"
+CACHE = Path.home() / ".cache" / "tprl"
+
+
+def evaluate(
+    out: Path,
+    *,
+    data: str = "scenes",
+    split: str = "test",
+    n: int = 2000,
+    budgets: str = "192,128,64,32",
+    methods: str = "tprl,random,uniform,fastervlm,divprune",
+    model: str = "pocket-llava",
+    pruner: Path | None = None,
+    threshold: float | None = None,
+    threshold_row: bool = True,
+    seed: int = 0,
+    dtype: str = "auto",
+    device: str = "cpu",
+    cache: Path = CACHE,
+    images: Path | None = None,
+    skip_bad: bool = False,
+    resume: bool = False,
+    overwrite: bool = False,
+) -> None:
+    """Measure methods under budgets and write results.json, results.csv, results.md and curves.png.
+
+    Args:
+        out: folder for the results.
+        data: "scenes", "easy-vqa", or a .jsonl file.
+        split: "train", "val" or "test".
+        n: number of questions.
+        budgets: visual tokens to keep, comma-separated.
+        methods: comma-separated; an unknown name lists all.
+        model: "pocket-llava", or a folder or Hub id of a model.
+        pruner: folder of the pruner that "tprl" stands for; the shipped one unless given.
+        threshold: keep probability of the row without budget; the pruner's calibrated one unless given.
+        threshold_row: whether "tprl" gets a row without budget, where every question keeps as many as it needs.
+        seed: of random methods and of the confidence intervals.
+        dtype: "auto", "float32" or "bfloat16".
+        device: "cpu" or "cuda".
+        cache: folder where encoded pictures are kept between runs.
+        images: picture folder of a .jsonl file; the file's own unless given.
+        skip_bad: leave out records of a .jsonl file that cannot be read.
+        resume: go on with an interrupted run.
+        overwrite: throw away what the folder holds.
+    """
+    names, sizes = parse_names(methods), parse_budgets(budgets)
+    check_names(names)
+    lvlm = open_lvlm(model, dtype, device)
+    fitting = None
+    if TokenPruner.name in names:
+        fitting = TokenPruner.from_pretrained(pruner or SHIPPED_PRUNER, lvlm.fingerprint).to(lvlm.device)
+    rows = make_methods(names, sizes, fitting, threshold, threshold_row, seed)
+    source = load_source(data, split, n, skip_bad, images)
+    results = Benchmark(lvlm, model, source, rows, out, cache, seed, resume, overwrite).run()
+    write_tables(results, out)
+    print(markdown_table(results))
+
+
+def parse_names(text: str) -> tuple[str, ...]:
+    """Comma-separated names, each once.
+
+    Raises:
+        ValueError: there are none.
+    """
+    names = tuple(dict.fromkeys(part.strip() for part in text.split(",") if part.strip()))
+    if not names:
+        raise ValueError(f"expected comma-separated names, got {text!r}")
+    return names
+
+
+def parse_budgets(text: str) -> tuple[int, ...]:
+    """Comma-separated whole numbers, each once.
+
+    Raises:
+        ValueError: something is no whole number of at least 1.
+    """
+    budgets = []
+    for part in parse_names(text):
+        if not part.isdecimal() or int(part) < 1:
+            raise ValueError(
+                f"budget {part!r} is not allowed; whole numbers from 1 to a picture's number of visual tokens, "
+                "as in 192,128,64,32"
+            )
+        budgets.append(int(part))
+    return tuple(dict.fromkeys(budgets))

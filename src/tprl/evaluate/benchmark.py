@@ -1,0 +1,338 @@
+"""The table: methods under budgets, on the same model, samples and prompts, in one run that can be interrupted.
+
+Every (method, budget) is a cell, stored as soon as it is measured as ``cells/METHOD-BUDGET.json`` with the score of
+every question; all differences are paired per question. ``results.json`` is made of the cells alone.
+"""
+
+import hashlib
+import json
+import os
+import platform
+import shutil
+import subprocess
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import BatchFeature
+
+import tprl
+from tprl.data.sample import Source
+from tprl.evaluate.flops import kv_cache_mib, lvlm_flops
+from tprl.evaluate.latency import measure_prefill, prompt_inputs
+from tprl.evaluate.methods import QUESTION_BLIND, Method
+from tprl.evaluate.statistics import bootstrap_ci95
+from tprl.lvlm.cache import EncodedSamples, weights_digest
+from tprl.lvlm.model import Lvlm
+from tprl.progress import track
+from tprl.pruner import TokenPruner
+
+PICTURES_AT_ONCE = 8
+QUESTIONS_AT_ONCE = 64
+TIMED_PICTURES = 15
+RESULTS = "results.json"
+CELLS = "cells"
+
+
+@dataclass(frozen=True)
+class Cell:
+    """What was measured of one method under one budget, or without pruning, or without a picture.
+
+    Attributes:
+        scores: of every sample, in [0, 1].
+        kept: visual tokens that the language model saw for every sample.
+        selector_flops: FLOPs of choosing for one sample.
+        prefill_ms: median of a pruned prefill; 0 where nothing is pruned.
+        prefill_ms_unpruned: median of the unpruned prefill in the same run.
+    """
+
+    scores: list[float]
+    kept: list[int]
+    selector_flops: int = 0
+    prefill_ms: float = 0.0
+    prefill_ms_unpruned: float = 0.0
+
+
+class Benchmark:
+    """One run in one folder.
+
+    Args:
+        lvlm: the frozen model.
+        model: its name, for the record.
+        source: the questions.
+        methods: the rows of the table.
+        out: folder of the results.
+        cache: folder of encoded pictures.
+        seed: of the bootstrap; that of random methods is their own.
+        resume: go on with what ``out`` holds.
+        overwrite: throw away what ``out`` holds.
+
+    Raises:
+        ValueError: ``out`` exists and neither ``resume`` nor ``overwrite`` is set, or both are, or a budget is not
+            allowed, or ``out`` holds a cell that was made from something else.
+        DataError: a picture cannot be read. Nothing is written to ``out`` then.
+    """
+
+    def __init__(
+        self,
+        lvlm: Lvlm,
+        model: str,
+        source: Source,
+        methods: Sequence[Method],
+        out: Path,
+        cache: Path,
+        seed: int = 0,
+        resume: bool = False,
+        overwrite: bool = False,
+    ) -> None:
+        _check_out(out, resume, overwrite)
+        _check_budgets(lvlm, source, methods)
+        self.lvlm, self.model, self.source, self.methods, self.out, self.seed = lvlm, model, source, methods, out, seed
+        signals = frozenset[str]().union(*(method.selector.needs for method in methods))
+        self.encoded = EncodedSamples(lvlm, source, cache, signals)
+        samples = "\n".join(f"{s.image_id}\t{s.question}\t{s.answers}\t{s.box}" for s in source.samples)
+        self._made_from = {
+            "weights": weights_digest(lvlm),
+            "dtype": str(lvlm.model.dtype).removeprefix("torch."),
+            "samples": hashlib.sha256(samples.encode()).hexdigest()[:16],
+            "seed": seed,
+        }
+        self._inputs: list[BatchFeature] = []
+        if overwrite and out.exists():
+            _clear(out)
+        (out / CELLS).mkdir(parents=True, exist_ok=True)
+
+    def run(self) -> dict[str, Any]:
+        """Measure the cells that are missing; returns the results, which are also written to ``results.json``."""
+        wanted: dict[str, Method | None] = {"unpruned": None, "blind": None}
+        wanted |= {method.label: method for method in self.methods}
+        for label, method in wanted.items():
+            self.stored(label, method)  # a cell of another run shall be found before any work is done
+        cells: dict[str, Cell] = {}
+        for number, (label, method) in enumerate(wanted.items(), 1):
+            cell = self.stored(label, method)
+            if cell is None:
+                cell = self._measure(label, method, f"{label} ({number} of {len(wanted)})")
+                self._store(label, method, cell)
+            cells[label] = cell
+        results = self._results(cells)
+        write_json(self.out / RESULTS, results)
+        return results
+
+    def stored(self, label: str, method: Method | None = None) -> Cell | None:
+        """A cell that ``out`` holds.
+
+        Raises:
+            ValueError: it was made from another model, other samples, another seed or another pruner.
+        """
+        path = self.out / CELLS / f"{label}.json"
+        if not path.exists():
+            return None
+        fields = json.loads(path.read_text())
+        made, wanted = fields.pop("made_from"), self._origin(method)
+        if other := [name for name in wanted if made.get(name) != wanted[name]]:
+            was = ", ".join(f"{name} {made.get(name)} instead of {wanted[name]}" for name in other)
+            raise ValueError(f"{path} was made with {was}; use another folder or --overwrite")
+        return Cell(**fields)
+
+    def _origin(self, method: Method | None) -> dict[str, Any]:
+        """All that a cell's numbers depend on."""
+        pruner = method.selector if method and isinstance(method.selector, TokenPruner) else None
+        return {
+            **self._made_from,
+            "pruner": pruner_digest(pruner) if pruner else None,
+            "threshold": method.threshold if method else None,
+        }
+
+    def _store(self, label: str, method: Method | None, cell: Cell) -> None:
+        write_json(self.out / CELLS / f"{label}.json", {"made_from": self._origin(method), **asdict(cell)})
+
+    # --- measuring -------------------------------------------------------------------------------------------
+
+    def _measure(self, label: str, method: Method | None, title: str) -> Cell:
+        if method is None:
+            return self._by_picture(None, title, blind=label == "blind")
+        cell = self._by_picture(method, title) if method.name in QUESTION_BLIND else self._by_question(method, title)
+        prefill = measure_prefill(self.lvlm, method, self._timed_inputs())
+        flops = method.flops(self.encoded.visual([self._typical()]))
+        return Cell(cell.scores, cell.kept, flops, prefill.pruned_ms, prefill.unpruned_ms)
+
+    def _by_picture(self, method: Method | None, title: str, blind: bool = False) -> Cell:
+        """All questions about a picture see the same tokens: those that ``method`` keeps, or all, or none."""
+        scores, kept = torch.zeros(len(self.encoded)), torch.zeros(len(self.encoded), dtype=torch.int64)
+        image_ids = self.encoded.image_ids
+        for start in track(range(0, len(image_ids), PICTURES_AT_ONCE), title):
+            chosen = image_ids[start : start + PICTURES_AT_ONCE]
+            visual = self.encoded.visual([self.encoded.questions[image_id][0] for image_id in chosen])
+            tokens, keep_mask = visual.tokens, visual.mask
+            if blind:
+                tokens, keep_mask = tokens[:, :0], keep_mask[:, :0]
+            elif method is not None:
+                selection = method.select(visual)
+                keep_mask = selection.keep_mask
+                tokens = tokens if selection.tokens is None else selection.tokens
+            indices, scored = self.encoded.picture_accuracy(chosen, tokens, keep_mask)
+            scores[indices] = scored
+            for image_id, count in zip(chosen, keep_mask.sum(1).tolist(), strict=True):
+                kept[self.encoded.questions[image_id]] = count
+        return Cell(scores.tolist(), kept.tolist())
+
+    def _by_question(self, method: Method, title: str) -> Cell:
+        """Every question sees tokens of its own."""
+        scores: list[Tensor] = []
+        kept: list[int] = []
+        for start in track(range(0, len(self.encoded), QUESTIONS_AT_ONCE), title):
+            indices = range(start, min(start + QUESTIONS_AT_ONCE, len(self.encoded)))
+            visual = self.encoded.visual(indices)
+            selection = method.select(visual)
+            tokens = visual.tokens if selection.tokens is None else selection.tokens
+            scores.append(self.encoded.accuracy(indices, tokens, selection.keep_mask))
+            kept += selection.keep_mask.sum(1).tolist()
+        return Cell(torch.cat(scores).tolist(), kept)
+
+    def _timed_inputs(self) -> list[BatchFeature]:
+        """The first question about each of the first pictures, ready for the model; the first of them only warms up."""
+        if not self._inputs:
+            chosen = [self.encoded.questions[i][0] for i in self.encoded.image_ids[: TIMED_PICTURES + 1]]
+            chosen = chosen if len(chosen) > 1 else 2 * chosen
+            self._inputs = [prompt_inputs(self.lvlm, self.source, self.source.samples[i]) for i in chosen]
+        return self._inputs
+
+    def _typical(self) -> int:
+        """The sample whose prompt has the median length."""
+        lengths = [self.encoded.block(i).answer_start for i in range(len(self.encoded))]
+        return sorted(range(len(lengths)), key=lambda i: lengths[i])[len(lengths) // 2]
+
+    # --- results ---------------------------------------------------------------------------------------------
+
+    def _results(self, cells: dict[str, Cell]) -> dict[str, Any]:
+        return {
+            "model": self.model,
+            "data": self.source.name,
+            "split": self.source.split,
+            "n": len(self.encoded),
+            "seed": self.seed,
+            "machine": machine(self.lvlm),
+            "commit": commit(),
+            "rows": [self._row(method, cells) for method in self.methods],
+        }
+
+    def _row(self, method: Method, cells: dict[str, Cell]) -> dict[str, Any]:
+        cell, unpruned = cells[method.label], cells["unpruned"]
+        drops = [before - after for before, after in zip(unpruned.scores, cell.scores, strict=True)]
+        low, high = bootstrap_ci95(drops, self.seed)
+        config, kept = self.lvlm.model.config, mean(cell.kept)
+        text = len(self.encoded.scorer.before) + mean(
+            [self.encoded.block(i).answer_start for i in range(len(self.encoded))]
+        )
+        whole = lvlm_flops(config, round(mean(unpruned.kept)), round(text)).total
+        flops = lvlm_flops(config, round(kept), round(text)).total + cell.selector_flops
+        return {
+            "method": method.name,
+            "budget": method.budget,
+            "kept_mean": kept,
+            "accuracy": mean(cell.scores),
+            "accuracy_unpruned": mean(unpruned.scores),
+            "accuracy_blind": mean(cells["blind"].scores),
+            "drop_points": 100 * mean(drops),
+            "drop_ci95": [100 * low, 100 * high],
+            "flops": flops,
+            "flops_unpruned": whole,
+            "flops_saved": 1 - flops / whole,
+            "prefill_ms": cell.prefill_ms,
+            "prefill_ms_unpruned": cell.prefill_ms_unpruned,
+            "speedup": cell.prefill_ms_unpruned / cell.prefill_ms,
+            "kv_cache_mib": kv_cache_mib(config, kept + text, self.lvlm.model.dtype.itemsize),
+            "per_family": self._per_family(cell, cells),
+        }
+
+    def _per_family(self, cell: Cell, cells: dict[str, Cell]) -> dict[str, dict[str, float]]:
+        families: dict[str, list[int]] = {}
+        for index, sample in enumerate(self.source.samples):
+            families.setdefault(sample.family, []).append(index)
+        return {
+            family: {
+                "accuracy": mean([cell.scores[i] for i in indices]),
+                "accuracy_unpruned": mean([cells["unpruned"].scores[i] for i in indices]),
+                "accuracy_blind": mean([cells["blind"].scores[i] for i in indices]),
+                "n": len(indices),
+                "kept_mean": mean([cell.kept[i] for i in indices]),
+            }
+            for family, indices in sorted(families.items())
+        }
+
+
+def mean(values: Sequence[float]) -> float:
+    return sum(values) / len(values)
+
+
+def pruner_digest(pruner: TokenPruner) -> str:
+    """A digest that changes with any weight or setting of a pruner."""
+    digest = hashlib.sha256(repr(pruner.config).encode())
+    for name, tensor in sorted(pruner.state_dict().items()):
+        digest.update(name.encode() + tensor.cpu().numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
+def machine(lvlm: Lvlm) -> dict[str, Any]:
+    """Where and how it was measured."""
+    info = Path("/proc/cpuinfo")
+    names = [line for line in info.read_text().splitlines() if line.startswith("model name")] if info.exists() else []
+    return {
+        "cpu": names[0].partition(": ")[2] if names else platform.processor() or platform.machine(),
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "device": torch.cuda.get_device_name(lvlm.device) if lvlm.device.type == "cuda" else str(lvlm.device),
+        "torch": torch.__version__,
+        "dtype": str(lvlm.model.dtype).removeprefix("torch."),
+    }
+
+
+def commit() -> str:
+    """The git commit of the source tree, or the package's version where it does not lie in one."""
+    folder = Path(tprl.__file__).parent
+    git = shutil.which("git")
+    if git is not None:
+        tracked = subprocess.run(
+            [git, "ls-files", "__init__.py"], cwd=folder, capture_output=True, text=True, check=False
+        )
+        if tracked.stdout.strip():
+            return subprocess.run(
+                [git, "rev-parse", "HEAD"], cwd=folder, capture_output=True, text=True, check=True
+            ).stdout.strip()
+    return version("tprl")
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Write ``content`` whole or not at all."""
+    partial = path.with_name(path.name + ".partial")
+    partial.write_text(json.dumps(content, indent=1) + "\n")
+    partial.replace(path)
+
+
+def _check_out(out: Path, resume: bool, overwrite: bool) -> None:
+    if resume and overwrite:
+        raise ValueError("--resume and --overwrite exclude each other")
+    if out.exists() and not out.is_dir():
+        raise ValueError(f"{out} is a file, not a folder")
+    if out.exists() and not (resume or overwrite):
+        raise ValueError(f"{out} exists; --resume goes on with it, --overwrite throws its results away")
+
+
+def _check_budgets(lvlm: Lvlm, source: Source, methods: Sequence[Method]) -> None:
+    total = len(lvlm.encode_images([source.image(source.samples[0].image_id)])[0].tokens)
+    for method in methods:
+        if method.budget is not None and not 1 <= method.budget <= total:
+            raise ValueError(f"budget {method.budget} is not allowed; 1 to {total}, a picture's visual tokens")
+
+
+def _clear(out: Path) -> None:
+    """Remove what a run writes, and nothing else."""
+    for name in (CELLS, "gallery"):
+        shutil.rmtree(out / name, ignore_errors=True)
+    for name in (RESULTS, "results.csv", "results.md", "curves.png", "gallery.json", "report.html"):
+        (out / name).unlink(missing_ok=True)

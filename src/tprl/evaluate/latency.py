@@ -1,0 +1,74 @@
+"""How long a prefill takes, pruned and not: vision tower, projector, pruner and language model with its KV cache."""
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from statistics import median
+from typing import Any, cast
+
+import torch
+from transformers import BatchFeature
+
+from tprl.data.sample import Sample, Source
+from tprl.evaluate.methods import Method
+from tprl.lvlm.model import Lvlm
+from tprl.lvlm.prune import prune
+
+
+@dataclass(frozen=True)
+class Prefill:
+    """Median milliseconds of one prefill."""
+
+    pruned_ms: float
+    unpruned_ms: float
+
+
+def prompt_inputs(lvlm: Lvlm, source: Source, sample: Sample) -> BatchFeature:
+    """What ``forward`` and ``generate`` take for a sample, batch 1, by the model's own processor."""
+    processor = cast(Any, lvlm.processor)
+    user = {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": sample.question}]}
+    text = processor.apply_chat_template([user], add_generation_prompt=True, tokenize=False)
+    bos = processor.tokenizer.bos_token
+    inputs = processor(
+        text=[text],
+        images=[[source.image(sample.image_id)]],
+        add_special_tokens=bos is None or not text.startswith(bos),
+        return_tensors="pt",
+    )
+    return cast(BatchFeature, inputs.to(lvlm.device, lvlm.model.dtype))
+
+
+@torch.no_grad()
+def measure_prefill(lvlm: Lvlm, method: Method, inputs: Sequence[BatchFeature]) -> Prefill:
+    """Prefills of the same inputs with and without pruning, taking turns so that both meet the same machine; the
+    first input warms up and does not count.
+
+    Args:
+        inputs: of at least two samples.
+    """
+    pruned, unpruned = [], []
+    for prompt in inputs:
+        unpruned.append(_prefill_ms(lvlm, prompt))
+        with prune(
+            lvlm.model,
+            method.selector,
+            budget=method.budget,
+            threshold=method.threshold,
+            template_ids=lvlm.template_ids,
+        ):
+            pruned.append(_prefill_ms(lvlm, prompt))
+    return Prefill(median(pruned[1:]), median(unpruned[1:]))
+
+
+def _prefill_ms(lvlm: Lvlm, inputs: BatchFeature) -> float:
+    _wait(lvlm)
+    start = time.perf_counter()
+    lvlm.model(**inputs, use_cache=True, logits_to_keep=1)
+    _wait(lvlm)
+    return 1000 * (time.perf_counter() - start)
+
+
+def _wait(lvlm: Lvlm) -> None:
+    """Let a GPU finish what was asked of it."""
+    if lvlm.device.type == "cuda":
+        torch.cuda.synchronize(lvlm.device)

@@ -1,0 +1,98 @@
+"""Results as a spreadsheet, as a Markdown table and as curves."""
+
+import csv
+import io
+from pathlib import Path
+from typing import Any
+
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+COLOURS = {
+    "tprl": "#c2410c", "random": "#9ca3af", "uniform": "#6b7280", "fastervlm": "#2563eb", "visionzip": "#0891b2",
+    "vispruner": "#7c3aed", "prumerge+": "#a16207", "divprune": "#059669", "cdpruner": "#db2777",
+    "fastv": "#1d4ed8", "sparsevlm": "#4d7c0f", "pyramiddrop": "#b45309", "dart": "#6d28d9",
+}  # fmt: skip
+"""One colour a method, the same in every picture."""
+
+
+def write_tables(results: dict[str, Any], folder: Path) -> None:
+    """Write ``results.csv``, ``results.md`` and ``curves.png``."""
+    (folder / "results.csv").write_text(csv_table(results))
+    (folder / "results.md").write_text(markdown_table(results))
+    figure = Figure(figsize=(7, 4.6), dpi=150, layout="constrained")
+    draw_curves(results, figure.subplots())
+    figure.savefig(folder / "curves.png")
+
+
+def csv_table(results: dict[str, Any]) -> str:
+    """Every row, without its families."""
+    text = io.StringIO()
+    rows = [{name: value for name, value in row.items() if name != "per_family"} for row in results["rows"]]
+    for row in rows:
+        row["drop_ci95_low"], row["drop_ci95_high"] = row.pop("drop_ci95")
+    writer = csv.DictWriter(text, list(rows[0]), lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    return text.getvalue()
+
+
+def markdown_table(results: dict[str, Any]) -> str:
+    """What was measured, and a table by falling budget, the threshold row first, the best of each budget in bold."""
+    rows = results["rows"]
+    machine = results["machine"]
+    lines = [
+        f"{results['model']} on {results['data']}/{results['split']}, {results['n']} questions, "
+        f"seed {results['seed']}. Unpruned {rows[0]['accuracy_unpruned']:.1%}, blind {rows[0]['accuracy_blind']:.1%}. "
+        f"{machine['cpu']}, {machine['threads']} threads, {machine['dtype']}, torch {machine['torch']}; "
+        f"commit {results['commit'][:12]}.",
+        "",
+        "| budget | method | tokens kept | accuracy | points lost (95 % interval) | FLOPs saved | prefill | KV cache |",
+        "|---:|:---|---:|---:|---:|---:|---:|---:|",
+    ]
+    for row in sorted(rows, key=lambda row: (-(row["budget"] or float("inf")), -row["accuracy"])):
+        low, high = row["drop_ci95"]
+        best = max(other["accuracy"] for other in rows if other["budget"] == row["budget"])
+        mark = "**" if row["accuracy"] == best else ""
+        lines.append(
+            f"| {row['budget'] or 'threshold'} | {row['method']} | {row['kept_mean']:.1f} "
+            f"| {mark}{row['accuracy']:.1%}{mark} | {row['drop_points']:.2f} ({low:.2f} to {high:.2f}) "
+            f"| {row['flops_saved']:.1%} | {row['prefill_ms']:.0f} ms, {row['speedup']:.2f}x "
+            f"| {row['kv_cache_mib']:.1f} MiB |"
+        )
+    return "\n".join(lines) + "\n"
+
+
+def draw_curves(results: dict[str, Any], axes: Axes) -> None:
+    """Accuracy against kept tokens: a line a method, its band the paired interval of the drop, levels for the unpruned
+    and the blind model, a star for threshold mode."""
+    rows = results["rows"]
+    for name in dict.fromkeys(row["method"] for row in rows):
+        own = [row for row in rows if row["method"] == name]
+        line = sorted((row for row in own if row["budget"] is not None), key=lambda row: row["kept_mean"])
+        colour, front = COLOURS.get(name, "#111827"), name == "tprl"
+        kept = [row["kept_mean"] for row in line]
+        axes.plot(
+            kept, [100 * row["accuracy"] for row in line], color=colour, label=name, marker="o",
+            markersize=4 if front else 3, linewidth=2.4 if front else 1.2, zorder=4 if front else 3,
+        )  # fmt: skip
+        bands = [[100 * row["accuracy_unpruned"] - end for end in row["drop_ci95"]] for row in line]
+        axes.fill_between(kept, [low for _, low in bands], [high for high, _ in bands], color=colour, alpha=0.12, lw=0)
+        for row in own:
+            if row["budget"] is None:
+                axes.plot(row["kept_mean"], 100 * row["accuracy"], "*", color=colour, markersize=13, zorder=5)
+    for level, name in ((rows[0]["accuracy_unpruned"], "unpruned"), (rows[0]["accuracy_blind"], "blind")):
+        axes.axhline(100 * level, color="#111827", linewidth=0.9, linestyle="--" if name == "unpruned" else ":")
+        axes.annotate(
+            name, (1, 100 * level), xycoords=("axes fraction", "data"), xytext=(-4, 3), textcoords="offset points",
+            ha="right", fontsize=8, color="#374151",
+        )  # fmt: skip
+    if budgets := sorted({row["budget"] for row in rows if row["budget"] is not None}):
+        axes.set_xscale("log", base=2)
+        axes.set_xticks(budgets, [str(budget) for budget in budgets])
+        axes.minorticks_off()
+    axes.set_xlabel("visual tokens kept")
+    axes.set_ylabel("accuracy (%)")
+    axes.grid(color="#e5e7eb", linewidth=0.7)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(frameon=False, fontsize=8, ncols=2, loc="lower right")

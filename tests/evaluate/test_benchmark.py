@@ -1,0 +1,263 @@
+"""The table of a tiny model, its numbers computed again one sample at a time."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from evaluate.world import World, save_world, tiny_lvlm
+from tprl.commands.evaluate import evaluate
+from tprl.config import PrunerConfig
+from tprl.data.jsonl import Jsonl
+from tprl.data.sample import DataError, Source
+from tprl.evaluate.benchmark import Benchmark
+from tprl.evaluate.flops import lvlm_flops, module_flops
+from tprl.evaluate.latency import prompt_inputs
+from tprl.evaluate.methods import METHODS, QUESTION_BLIND, Method, make_methods
+from tprl.lvlm.model import Lvlm
+from tprl.lvlm.prune import prune
+from tprl.pruner import TokenPruner
+from tprl.scoring import score
+from tprl.selectors import SELECTORS
+
+ROW = [
+    "method", "budget", "kept_mean", "accuracy", "accuracy_unpruned", "accuracy_blind", "drop_points", "drop_ci95",
+    "flops", "flops_unpruned", "flops_saved", "prefill_ms", "prefill_ms_unpruned", "speedup", "kv_cache_mib",
+    "per_family",
+]  # fmt: skip
+TIMES = ("prefill_ms", "prefill_ms_unpruned", "speedup")
+
+
+@pytest.fixture(scope="module")
+def lvlm() -> Lvlm:
+    return tiny_lvlm()
+
+
+@pytest.fixture(scope="module")
+def pruner(lvlm: Lvlm) -> TokenPruner:
+    torch.manual_seed(0)
+    config = PrunerConfig(lvlm.width, lvlm.fingerprint, 4, 8, 8, 1, 2)
+    pruner = TokenPruner(config).eval()
+    with torch.no_grad():
+        for weight in pruner.policy.parameters():
+            weight.add_(torch.randn_like(weight))
+    return pruner
+
+
+@pytest.fixture(scope="module")
+def methods(pruner: TokenPruner) -> list[Method]:
+    return make_methods(METHODS, (8, 3), pruner, 0.45, True, 5)
+
+
+@pytest.fixture(scope="module")
+def out(lvlm: Lvlm, methods: list[Method], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("results")
+    Benchmark(lvlm, "tiny", World(), methods, folder / "out", folder / "cache", seed=5).run()
+    return folder / "out"
+
+
+@pytest.fixture(scope="module")
+def results(out: Path) -> dict[str, Any]:
+    return json.loads((out / "results.json").read_text())
+
+
+@pytest.fixture
+def files(lvlm: Lvlm, pruner: TokenPruner, tmp_path: Path) -> Path:
+    """``model``, ``pruner`` and ``world.jsonl`` in one folder, for the command."""
+    lvlm.model.save_pretrained(tmp_path / "model")
+    lvlm.processor.save_pretrained(tmp_path / "model")
+    pruner.save_pretrained(tmp_path / "pruner")
+    save_world(tmp_path, World())
+    return tmp_path
+
+
+def generated(lvlm: Lvlm, source: Source, index: int) -> str:
+    inputs = prompt_inputs(lvlm, source, source.samples[index])
+    end = lvlm.processor.tokenizer.convert_tokens_to_ids("[end]")
+    output = lvlm.model.generate(**inputs, max_new_tokens=4, do_sample=False, eos_token_id=end)
+    return lvlm.processor.tokenizer.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+
+
+def run(files: Path, out: str = "out", **options: Any) -> None:
+    given = {
+        "data": str(files / "world.jsonl"), "n": 12, "budgets": "8,3", "methods": "tprl,uniform",
+        "model": str(files / "model"), "pruner": files / "pruner", "dtype": "float32", "cache": files / "cache",
+    }  # fmt: skip
+    evaluate(files / out, **{**given, **options})
+
+
+def without_times(results: dict[str, Any]) -> dict[str, Any]:
+    rows = [{name: value for name, value in row.items() if name not in TIMES} for row in results["rows"]]
+    return {**results, "rows": rows}
+
+
+def test_results_hold_what_they_should(results: dict[str, Any]) -> None:
+    assert list(results) == ["model", "data", "split", "n", "seed", "machine", "commit", "rows"]
+    assert (results["model"], results["data"], results["split"], results["n"], results["seed"]) == (
+        "tiny", "world", "test", 24, 5,
+    )  # fmt: skip
+    assert len(results["rows"]) == 2 * len(METHODS) + 1
+    assert [row["budget"] for row in results["rows"]].count(None) == 1
+    for row in results["rows"]:
+        assert list(row) == ROW
+        assert row["drop_points"] == pytest.approx(100 * (row["accuracy_unpruned"] - row["accuracy"]))
+        assert row["drop_ci95"][0] <= row["drop_points"] <= row["drop_ci95"][1]
+        assert row["speedup"] == pytest.approx(row["prefill_ms_unpruned"] / row["prefill_ms"])
+        assert set(row["per_family"]) == {"word", "people", "box"}
+        counts = [part["n"] for part in row["per_family"].values()]
+        for name in ("accuracy", "accuracy_unpruned", "accuracy_blind", "kept_mean"):
+            parts = [part[name] for part in row["per_family"].values()]
+            assert sum(n * part for n, part in zip(counts, parts, strict=True)) / 24 == pytest.approx(row[name])
+        if row["budget"] is not None:
+            assert row["kept_mean"] == row["budget"]
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_accuracy_is_that_of_generate_on_each_sample(
+    lvlm: Lvlm, methods: list[Method], results: dict[str, Any], name: str
+) -> None:
+    world = World()
+    for method in (method for method in methods if method.name == name):
+        scores, kept = [], []
+        for index, sample in enumerate(world.samples):
+            limits = {"budget": method.budget, "threshold": method.threshold}
+            with prune(lvlm.model, method.selector, **limits, template_ids=lvlm.template_ids) as pruning:
+                scores.append(score(sample, generated(lvlm, world, index)))
+            kept.append(pruning.kept[0][0].count)
+        (row,) = [r for r in results["rows"] if (r["method"], r["budget"]) == (name, method.budget)]
+        assert row["accuracy"] == pytest.approx(sum(scores) / 24)
+        assert row["kept_mean"] == pytest.approx(sum(kept) / 24)
+
+
+def test_threshold_keeps_different_numbers(out: Path) -> None:
+    kept = json.loads((out / "cells" / "tprl-threshold.json").read_text())["kept"]
+    assert len(set(kept)) > 2
+
+
+def test_unpruned_and_blind(lvlm: Lvlm, results: dict[str, Any]) -> None:
+    world = World()
+    unpruned = [score(sample, generated(lvlm, world, index)) for index, sample in enumerate(world.samples)]
+    blind = []
+    for sample in world.samples:
+        before, after = lvlm.prompt_ids(sample.question)
+        ids = before + after
+        output = lvlm.model.generate(input_ids=torch.tensor([ids]), max_new_tokens=2, do_sample=False, eos_token_id=4)
+        answer = lvlm.processor.tokenizer.decode(output[0, len(ids) :], skip_special_tokens=True)
+        blind.append(score(sample, answer))
+    for row in results["rows"]:
+        assert row["accuracy_unpruned"] == pytest.approx(sum(unpruned) / 24)
+        assert row["accuracy_blind"] == pytest.approx(sum(blind) / 24)
+
+
+def test_flops_and_cache_include_the_pruner(lvlm: Lvlm, pruner: TokenPruner, results: dict[str, Any]) -> None:
+    config = lvlm.model.config
+    world = World()
+    lengths = [len(ids) for sample in world.samples for ids in lvlm.prompt_ids(sample.question)[1:]]
+    text = 1 + sum(lengths) / len(lengths)
+    assert {row["flops_unpruned"] for row in results["rows"]} == {lvlm_flops(config, 16, round(text)).total}
+    visual = lvlm.visual_tokens(lvlm.encode_images([world.image("0")]), ["what is it ?"])
+    extra = module_flops(pruner, visual, method="keep_probs")
+    for row in results["rows"]:
+        language = lvlm_flops(config, round(row["kept_mean"]), round(text)).total
+        if row["method"] == "tprl":
+            assert row["flops"] - language == pytest.approx(extra, rel=0.2)
+        if row["method"] == "divprune":
+            assert row["flops"] - language == 2 * 16 * 16 * 16
+        if row["method"] in ("random", "uniform", "fastervlm"):
+            assert row["flops"] == language
+        per_token = 2 * 2 * 8 * 4 / 2**20  # two layers, keys and values of one head of width 8, float32
+        assert row["kv_cache_mib"] == pytest.approx((row["kept_mean"] + text) * per_token)
+
+
+@pytest.mark.parametrize("name", SELECTORS)
+def test_question_blind_methods_are_those_that_do_not_see_the_question(lvlm: Lvlm, name: str) -> None:
+    world = World()
+    features = lvlm.encode_images([world.image("0")] * 2, SELECTORS[name]().needs)
+    visual = lvlm.visual_tokens(features, ["what is it ?", "now ?"])
+    first, second = SELECTORS[name]().select(visual, torch.tensor([5, 5])).keep_mask
+    assert bool((first == second).all()) == (name in QUESTION_BLIND)
+
+
+def test_resumed_equals_uninterrupted(
+    lvlm: Lvlm, methods: list[Method], out: Path, results: Any, tmp_path: Path
+) -> None:
+    cache = out.parent / "cache"
+    Benchmark(lvlm, "tiny", World(), methods[:3], tmp_path / "out", cache, seed=5).run()
+    (tmp_path / "out" / "results.json").unlink()
+    (tmp_path / "out" / "cells" / "blind.json").unlink()
+    kept = (tmp_path / "out" / "cells" / "tprl-8.json").read_text()
+    again = Benchmark(lvlm, "tiny", World(), methods, tmp_path / "out", cache, seed=5, resume=True).run()
+    assert without_times(again) == without_times(results)
+    assert (tmp_path / "out" / "cells" / "tprl-8.json").read_text() == kept
+
+
+def test_resume_refuses_cells_of_another_run(lvlm: Lvlm, out: Path, methods: list[Method]) -> None:
+    cache = out.parent / "cache"
+    with pytest.raises(ValueError, match=r"unpruned.json was made with seed 5 instead of 6; use another folder"):
+        Benchmark(lvlm, "tiny", World(), methods, out, cache, seed=6, resume=True).run()
+    config = PrunerConfig(lvlm.width, lvlm.fingerprint, 4, 8, 8, 1, 2)
+    other = make_methods(["tprl"], (8,), TokenPruner(config).eval(), 0.45, True, 5)
+    with pytest.raises(ValueError, match=r"tprl-8.json was made with pruner \w+ instead of \w+"):
+        Benchmark(lvlm, "tiny", World(), other, out, cache, seed=5, resume=True).run()
+
+
+def test_the_command(files: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run(files)
+    printed = capsys.readouterr().out
+    assert printed.strip() == (files / "out" / "results.md").read_text().strip()
+    assert printed.count("\n| ") == 1 + 5  # the heading, two methods under two budgets, and the threshold
+    assert (files / "out" / "curves.png").stat().st_size > 10_000
+    assert (files / "out" / "results.csv").read_text().count("\n") == 6
+    first = json.loads((files / "out" / "results.json").read_text())
+    assert first["n"] == 12
+    with pytest.raises(ValueError, match="out exists; --resume goes on with it, --overwrite throws"):
+        run(files)
+    run(files, resume=True, methods="tprl,uniform,random", threshold_row=False)
+    assert len(json.loads((files / "out" / "results.json").read_text())["rows"]) == 6
+    run(files, overwrite=True, methods="uniform", pruner=files / "none")
+    assert len(list((files / "out" / "cells").iterdir())) == 4
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"budgets": "8,0"}, "budget '0' is not allowed; whole numbers from 1"),
+        ({"budgets": "8,x"}, "budget 'x' is not allowed"),
+        ({"budgets": ""}, "expected comma-separated names"),
+        ({"budgets": "17"}, "budget 17 is not allowed; 1 to 16"),
+        ({"methods": "tprl,magic"}, r"unknown methods magic; known: tprl, random, uniform"),
+        ({"threshold": 1.5}, r"threshold must lie in \[0, 1\], got 1.5"),
+        ({"dtype": "float7"}, "dtype 'float7' is not"),
+        ({"n": 0}, "at least 1, got 0"),
+        ({"data": "nothing"}, "data 'nothing' is not"),
+        ({"resume": True, "overwrite": True}, "exclude each other"),
+    ],
+)
+def test_bad_options_are_named_and_nothing_is_written(files: Path, options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        run(files, **options)
+    assert not (files / "out").exists()
+
+
+def test_bad_files_are_named_and_nothing_is_written(files: Path) -> None:
+    with pytest.raises(FileNotFoundError, match="there is no folder"):
+        run(files, pruner=files / "none")
+    whole = (files / "1.png").read_bytes()
+    (files / "1.png").write_bytes(whole[:200])
+    with pytest.raises(DataError, match=r"world.jsonl:5: cannot read picture"):
+        run(files)
+    assert not (files / "out").exists()
+    with pytest.warns(UserWarning, match="skipped 4 bad records"):
+        run(files, skip_bad=True)
+    assert json.loads((files / "out" / "results.json").read_text())["n"] == 12
+
+
+def test_the_world_as_a_file(tmp_path: Path) -> None:
+    world = World()
+    source = Jsonl(save_world(tmp_path, world), "test")
+    for ours, theirs in zip(world.samples, source.samples, strict=True):
+        assert (ours.question, ours.answers if not ours.box else ours.box, ours.box_scale) == (
+            theirs.question, theirs.answers if not theirs.box else theirs.box, theirs.box_scale,
+        )  # fmt: skip

@@ -204,7 +204,7 @@ def test_the_table_names_every_family() -> None:
         model = make(name).model
         assert family_of(model) is family_of(model.config) is FAMILIES[model.config.model_type]
     assert {name if name != "pixtral" else "llava" for name in NAMES} == set(FAMILIES)
-    with pytest.raises(ValueError) as error:
+    with pytest.raises(ValueError, match="unknown model family 'llama'") as error:
         family_of(LlamaConfig())
     for name in FAMILIES:
         assert name in str(error.value)

@@ -551,10 +551,8 @@ class WithoutThreshold:
 def test_what_cannot_be_pruned() -> None:
     tiny = make("qwen2_vl")
     inputs = tiny.batch(*BATCH)
+    config = LlamaConfig(hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=1, vocab_size=9)
     with pytest.raises(ValueError, match="unknown model family 'llama'; known: gemma3, idefics3, internvl, llava"):
-        config = LlamaConfig(
-            hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=1, vocab_size=9
-        )
         prune(LlamaForCausalLM(config), Norms(), budget=1)
     with pytest.raises(ValueError, match="text_attention"):
         prune(tiny.model, Needy(), budget=1)

@@ -136,7 +136,8 @@ def test_visionzip_shares_as_published(budget: int, contextual: int) -> None:
     visual = make([(24, 24)])
     visual.signals["cls_attention"][0] = torch.arange(576, 0, -1) / 1e6
     keep = VisionZip().select(visual, torch.tensor([budget])).keep_mask[0]
-    assert keep[: budget - contextual].all() and not keep[budget - contextual]
+    assert keep[: budget - contextual].all()
+    assert not keep[budget - contextual]
     spacing = keep[budget - contextual :].nonzero()[:, 0].diff()
     assert keep[budget - contextual :].sum() == contextual
     assert contextual < 2 or spacing.max() - spacing.min() <= 1
@@ -148,7 +149,8 @@ def test_visionzip_by_hand() -> None:
     keys[:6] = torch.tensor([[0.0, 1], [1, 0], [0.1, 1], [0.4, 0.5], [0, 9], [0.5, 0.4]])
     attention = torch.arange(17) / 100
     selection = VisionZip().select(given(tokens, attention, keys), torch.tensor([13]))
-    assert selection.tokens is not None and kept(selection.keep_mask[0]) == [1, 4, *range(6, 17)]
+    assert selection.tokens is not None
+    assert kept(selection.keep_mask[0]) == [1, 4, *range(6, 17)]
     expected = torch.arange(17.0)
     expected[1], expected[4] = (1 + 5) / 2, (4 + (0 + 2 + 3) / 3) / 2
     torch.testing.assert_close(selection.tokens[0], expected[:, None].expand(17, 3))
@@ -178,8 +180,10 @@ def test_prumerge_by_hand() -> None:
     tokens = torch.tensor([[1.0, 0], [2, 0], [0, 3], [0, 4], [10, 10]])
     visual = given(tokens, torch.tensor([0.01, 0.01, 0.01, 0.01, 0.09]), torch.randn(5, 3))
     one, three = (PruMergePlus().select(visual, torch.tensor([k])) for k in (1, 3))
-    assert one.tokens is not None and three.tokens is not None
-    assert kept(one.keep_mask[0]) == [4] and kept(three.keep_mask[0]) == [0, 2, 4]
+    assert one.tokens is not None
+    assert three.tokens is not None
+    assert kept(one.keep_mask[0]) == [4]
+    assert kept(three.keep_mask[0]) == [0, 2, 4]
     torch.testing.assert_close(one.tokens[0, 4], torch.tensor([10.03, 10.07]))
     torch.testing.assert_close(three.tokens[0, 0], torch.tensor([1 + 0.02 + 0.9, 0.03 + 0.04 + 0.9]))
     assert torch.equal(one.tokens[0, :4], tokens[:4])
@@ -191,9 +195,11 @@ def test_prumerge_keeps_the_strongest_outliers() -> None:
     visual = given(torch.randn(40, 4), attention, torch.randn(40, 4))
     assert kept(PruMergePlus().select(visual, torch.tensor([2])).keep_mask[0]) == [3, 25]
     four, ten = (kept(PruMergePlus().select(visual, torch.tensor([k])).keep_mask[0]) for k in (4, 10))
-    assert four == [3, 17, 25, 38] and set(four) < set(ten)
+    assert four == [3, 17, 25, 38]
+    assert set(four) < set(ten)
     gaps = torch.tensor([i for i in ten if i not in four]).diff()
-    assert gaps.min() >= 5 and gaps.max() <= 8
+    assert gaps.min() >= 5
+    assert gaps.max() <= 8
 
 
 def test_prumerge_absorbs_32_neighbours_and_no_more() -> None:

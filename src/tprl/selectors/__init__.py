@@ -3,9 +3,10 @@
 from tprl.selectors.attention import FasterVLM, PruMergePlus, VisionZip, VisPruner
 from tprl.selectors.base import Selector
 from tprl.selectors.grid import Random, UniformGrid
+from tprl.selectors.in_model import FastV, InModel
 from tprl.selectors.similarity import CDPruner, DivPrune
 
-__all__ = ["SELECTORS", "Selector", "make_selector"]
+__all__ = ["IN_MODEL", "SELECTORS", "InModel", "Selector", "make_selector"]
 
 SELECTORS: dict[str, type[Selector]] = {
     selector.name: selector
@@ -14,16 +15,21 @@ SELECTORS: dict[str, type[Selector]] = {
 """Selectors that act between projector and language model, by name."""
 
 
-def make_selector(name: str, seed: int = 0) -> Selector:
-    """A selector by its name.
+IN_MODEL: dict[str, type[InModel]] = {method.name: method for method in (FastV,)}
+"""Methods that act inside the language model, by name."""
+
+
+def make_selector(name: str, seed: int = 0) -> Selector | InModel:
+    """A selector or a method that acts inside the language model, by its name.
 
     Args:
-        name: a key of ``SELECTORS``.
+        name: a key of ``SELECTORS`` or ``IN_MODEL``.
         seed: of those that draw at random.
 
     Raises:
-        ValueError: no selector has that name.
+        ValueError: nothing has that name.
     """
-    if name not in SELECTORS:
-        raise ValueError(f"unknown selector {name!r}; known: {', '.join(SELECTORS)}")
-    return Random(seed) if name == Random.name else SELECTORS[name]()
+    makers: dict[str, type[Selector] | type[InModel]] = {**SELECTORS, **IN_MODEL}
+    if name not in makers:
+        raise ValueError(f"unknown selector {name!r}; known: {', '.join(makers)}")
+    return Random(seed) if name == Random.name else makers[name]()

@@ -1,0 +1,282 @@
+"""Pruning inside a decoder against the untouched decoder.
+
+The reference is the untouched decoder whose layers from the cut on are given a mask, built here, that hides the dropped
+tokens; what is dropped is chosen here from the attention that the eager decoder returns.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import DynamicCache, LlamaConfig, LlamaModel, StaticCache
+
+from tprl.lvlm.in_model import dropping, resumed
+from tprl.lvlm.packing import Block, pack
+from tprl.selectors.in_model import FastV
+
+FAR, LAYERS = 1e-2, 4
+
+
+def decoder(attention: str = "sdpa", dtype: torch.dtype = torch.float64) -> LlamaModel:
+    config = LlamaConfig(
+        hidden_size=32, intermediate_size=48, num_hidden_layers=LAYERS, num_attention_heads=4, num_key_value_heads=2,
+        vocab_size=50, attn_implementation=attention,
+    )  # fmt: skip
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = LlamaModel(config)
+        for parameter in model.parameters():
+            if parameter.ndim > 1:
+                torch.nn.init.normal_(parameter, std=1.5 / parameter.shape[-1] ** 0.5)
+    return model.to(dtype).eval()
+
+
+@pytest.fixture(autouse=True)
+def clean() -> Iterator[None]:
+    with torch.no_grad():
+        yield
+
+
+class Batch:
+    """Three rows of text, visual tokens and text; the second is padded in front, the third behind."""
+
+    def __init__(self, dtype: torch.dtype = torch.float64) -> None:
+        random = torch.Generator().manual_seed(1)
+        self.embeds = torch.randn(3, 16, 32, generator=random).to(dtype)
+        self.real, self.visual = torch.ones(3, 16).bool(), torch.zeros(3, 16).bool()
+        self.real[1, :3], self.real[2, 12:] = False, False
+        for row, (start, stop) in enumerate([(2, 10), (4, 9), (3, 9)]):
+            self.visual[row, start:stop] = True
+        self.last = torch.tensor([15, 15, 11])
+        self.positions = (self.real.cumsum(1) - 1).clamp(min=0)
+        causal = torch.ones(16, 16).tril().bool()
+        self.mask = ((causal & self.real[:, None]) | torch.eye(16).bool())[:, None]
+
+    def inputs(self, mask: Tensor | None = None) -> dict[str, Any]:
+        mask = self.mask if mask is None else mask
+        return {"inputs_embeds": self.embeds, "position_ids": self.positions, "attention_mask": mask}
+
+
+def additive(mask: Tensor, dtype: torch.dtype) -> Tensor:
+    return torch.zeros(mask.shape, dtype=dtype).masked_fill(~mask, torch.finfo(dtype).min)
+
+
+def chosen(model: LlamaModel, batch: Batch, layer: int, budgets: list[int]) -> Tensor:
+    """The visual tokens that the last prompt token attends to most, by the eager decoder's own attention."""
+    eager = decoder("eager", batch.embeds.dtype)
+    eager.load_state_dict(model.state_dict())
+    outputs = eager(**batch.inputs(additive(batch.mask, batch.embeds.dtype)), output_attentions=True)
+    keep = torch.zeros_like(batch.visual)
+    for row, (last, budget) in enumerate(zip(batch.last.tolist(), budgets, strict=True)):
+        scores = outputs.attentions[layer - 1][row, :, last].mean(0)
+        places = batch.visual[row].nonzero()[:, 0].tolist()
+        best = sorted(places, key=lambda place: -scores[place].item())[:budget]
+        keep[row, best] = True
+    return keep
+
+
+@contextmanager
+def hiding(model: LlamaModel, layer: int, hidden: Tensor) -> Iterator[None]:
+    """The layers from ``layer`` on cannot see the columns ``hidden (B, L)``, each token apart from itself."""
+
+    def hide(module: Any, args: Any, kwargs: dict[str, Any]) -> Any:
+        mask = kwargs["attention_mask"]
+        grown = torch.nn.functional.pad(hidden, (0, mask.shape[-1] - hidden.shape[1]))
+        unseen = grown[:, None, None]
+        if mask.shape[-2] == mask.shape[-1]:
+            unseen = unseen & ~torch.eye(mask.shape[-1]).bool()
+        low = False if mask.dtype == torch.bool else torch.finfo(mask.dtype).min
+        return args, {**kwargs, "attention_mask": mask.masked_fill(unseen, low)}
+
+    hooks = [module.register_forward_pre_hook(hide, with_kwargs=True) for module in model.layers[layer:]]
+    yield
+    for hook in hooks:
+        hook.remove()
+
+
+@pytest.mark.parametrize("layer", [1, 2, 3])
+@pytest.mark.parametrize(("attention", "dtype", "close"), [
+    ("sdpa", torch.float64, 1e-10), ("eager", torch.float32, 1e-4),
+])  # fmt: skip
+def test_fastv_equals_the_decoder_that_hides_what_is_dropped(
+    layer: int, attention: str, dtype: torch.dtype, close: float
+) -> None:
+    model, batch = decoder(attention, dtype), Batch(dtype)
+    inputs = batch.inputs() if attention == "sdpa" else batch.inputs(additive(batch.mask, dtype))
+    budgets = [3, 2, 4]
+    with dropping(model, FastV(layer), visual=batch.visual, last=batch.last, budgets=torch.tensor(budgets)) as dropped:
+        hidden = model(**inputs).last_hidden_state
+    keep = chosen(model, batch, layer, budgets)
+    assert torch.equal(dropped.kept[0], keep)
+    gone = batch.visual & ~keep
+    with hiding(model, layer, gone):
+        expected = model(**inputs).last_hidden_state
+    held = batch.real & ~gone
+    assert (hidden[held] - expected[held]).abs().max() < close
+    assert not hidden[gone].any()
+    assert (hidden[held] - model(**inputs).last_hidden_state[held]).abs().max() > FAR
+    with hiding(model, layer - 1, gone):
+        assert (hidden[held] - model(**inputs).last_hidden_state[held]).abs().max() > FAR
+    others = batch.visual & keep.roll(1, 1)
+    with hiding(model, layer, batch.visual & ~others):
+        assert (hidden[held] - model(**inputs).last_hidden_state[held]).abs().max() > FAR
+
+
+def test_layers_see_as_few_tokens_as_they_should() -> None:
+    model, batch = decoder(), Batch()
+    lengths: list[int] = []
+    hooks = [
+        layer.mlp.register_forward_hook(lambda m, args, out: lengths.append(out.shape[1])) for layer in model.layers
+    ]
+    with dropping(model, FastV(2), visual=batch.visual, last=batch.last, budgets=torch.tensor([2, 2, 2])):
+        model(**batch.inputs())
+    for hook in hooks:
+        hook.remove()
+    assert lengths == [16, 16, 13, 13]  # the second row has 5 visual tokens and loses the fewest, 3
+    assert FastV(2).layer_counts(4, 8, 2) == [8, 8, 2, 2]
+
+
+def test_keeping_all_changes_nothing_and_nothing_stays_behind() -> None:
+    model, batch = decoder(), Batch()
+    plain = model(**batch.inputs()).last_hidden_state
+    for budgets in ([8, 5, 6], [0, 0, 0]):
+        with dropping(model, FastV(1), visual=batch.visual, last=batch.last, budgets=torch.tensor(budgets)) as dropped:
+            hidden = model(**batch.inputs()).last_hidden_state
+        assert dropped.kept[0].sum(1).tolist() == budgets
+        if any(budgets):
+            assert (hidden - plain).abs().max() < 1e-12
+    assert torch.equal(model(**batch.inputs()).last_hidden_state, plain)
+    assert not any(module._forward_pre_hooks for module in model.modules())
+
+
+def test_a_ragged_batch_equals_each_row_alone_whatever_its_mask() -> None:
+    """Alone a row needs no mask at all, and decides as it did in the batch."""
+    model, batch = decoder(), Batch()
+    budgets = torch.tensor([3, 2, 4])
+    with dropping(model, FastV(2), visual=batch.visual, last=batch.last, budgets=budgets) as together:
+        hidden = model(**batch.inputs()).last_hidden_state
+    for row in range(3):
+        real = batch.real[row]
+        visual, last = batch.visual[row, real][None], real.sum()[None] - 1
+        with dropping(model, FastV(2), visual=visual, last=last, budgets=budgets[row : row + 1]) as alone:
+            single = model(inputs_embeds=batch.embeds[row, real][None]).last_hidden_state[0]
+        assert torch.equal(alone.kept[0][0], together.kept[0][row, real])
+        assert (single - hidden[row, real]).abs().max() < 1e-10
+
+
+def test_ragged_budgets_without_a_mask() -> None:
+    model, batch = decoder(), Batch()
+    visual = batch.visual[:1].repeat(2, 1)
+    embeds, last = batch.embeds[:1].repeat(2, 1, 1), torch.tensor([15, 15])
+    with dropping(model, FastV(2), visual=visual, last=last, budgets=torch.tensor([2, 5])):
+        hidden = model(inputs_embeds=embeds).last_hidden_state
+    for row, budget in enumerate([2, 5]):
+        with dropping(model, FastV(2), visual=visual[:1], last=last[:1], budgets=torch.tensor([budget])):
+            alone = model(inputs_embeds=embeds[:1]).last_hidden_state
+        assert (alone[0] - hidden[row]).abs().max() < 1e-10
+
+
+def test_decoding_on_the_cache_equals_the_hiding_decoder() -> None:
+    """Two steps of one token and one of three, rows padded and budgets ragged; the same without a cache."""
+    model, batch = decoder(), Batch()
+    left = torch.tensor([0, 1])
+    real, visual, last = batch.real[left], batch.visual[left], batch.last[left]
+    embeds, budgets = batch.embeds[left], torch.tensor([3, 1])
+    new = torch.randn(2, 5, 32, generator=torch.Generator().manual_seed(2)).double()
+    cache, steps = DynamicCache(), []
+    with dropping(model, FastV(2), visual=visual, last=last, budgets=budgets) as dropped:
+        model(inputs_embeds=embeds, position_ids=batch.positions[left], attention_mask=real, past_key_values=cache)
+    assert [layer.keys.shape[2] for layer in cache.layers] == [16, 16, 12, 12]
+    at = 0
+    with resumed(model, dropped):
+        for size in (1, 1, 3):
+            mask = torch.nn.functional.pad(real, (0, at + size), value=True)
+            positions = batch.positions[left, -1:] + 1 + torch.arange(at, at + size)
+            outputs = model(
+                inputs_embeds=new[:, at : at + size], position_ids=positions, attention_mask=mask, past_key_values=cache
+            )
+            steps.append(outputs.last_hidden_state)
+            at += size
+    mask = torch.nn.functional.pad(real, (0, 5), value=True)
+    positions = torch.cat([batch.positions[left], batch.positions[left, -1:] + 1 + torch.arange(5)], 1)
+    causal = (torch.ones(21, 21).tril().bool() & mask[:, None]) | torch.eye(21).bool()
+    whole = {
+        "inputs_embeds": torch.cat([embeds, new], 1), "position_ids": positions, "attention_mask": causal[:, None],
+    }  # fmt: skip
+    with hiding(model, 2, visual & ~dropped.kept[0]):
+        expected = model(**whole).last_hidden_state[:, 16:]
+    assert (torch.cat(steps, 1) - expected).abs().max() < 1e-10
+    assert (torch.cat(steps, 1) - model(**whole).last_hidden_state[:, 16:]).abs().max() > FAR
+    with dropping(model, FastV(2), visual=visual, last=last, budgets=budgets):
+        uncached = model(**whole).last_hidden_state[:, 16:]
+    assert (uncached - expected).abs().max() < 1e-10
+
+
+def test_a_packed_batch_decides_by_the_question_not_by_the_answer() -> None:
+    """As ``AnswerScorer`` lays out its passes: a question a row, its answer behind it."""
+    model = decoder()
+    random = torch.Generator().manual_seed(3)
+    rows = [[Block([7, 8, 9, 4, 5], 3)], [Block([6, 3, 2], 2)]]
+    packed = pack([1, 2], torch.arange(9).repeat(2, 1), torch.ones(2, 9).bool(), 9, rows)
+    visual = torch.zeros_like(packed.ids, dtype=torch.bool)
+    visual[:, packed.visual] = True
+    last = packed.visual.stop - 1 + torch.tensor([3, 2])
+    tokens = torch.randn(2, 9, 32, generator=random).double()
+    table = model.get_input_embeddings()
+    kept, hidden = [], []
+    for answer in (4, 30):
+        ids = packed.ids.clone()
+        ids[0, last[0] + 1] = answer
+        embeds = table(ids)
+        embeds[:, packed.visual] = tokens
+        with dropping(model, FastV(2), visual=visual, last=last, budgets=torch.tensor([3, 3])) as dropped:
+            outputs = model(inputs_embeds=embeds, position_ids=packed.positions, attention_mask=packed.mask)
+        kept.append(dropped.kept[0])
+        hidden.append(outputs.last_hidden_state)
+    assert torch.equal(*kept)
+    assert kept[0].sum(1).tolist() == [3, 3]
+    assert torch.equal(hidden[0][0, : last[0] + 1], hidden[1][0, : last[0] + 1])
+    assert not torch.equal(hidden[0][0, last[0] + 1], hidden[1][0, last[0] + 1])
+    for row, (block,) in enumerate(rows):
+        end = packed.visual.stop + len(block.ids)
+        single = torch.cat([table(torch.tensor([1, 2])), tokens[row], table(torch.tensor(block.ids))])[None]
+        with dropping(model, FastV(2), visual=visual[row : row + 1, :end], last=last[row : row + 1],
+                      budgets=torch.tensor([3])) as alone:  # fmt: skip
+            expected = model(inputs_embeds=single).last_hidden_state[0]
+        assert torch.equal(alone.kept[0][0], kept[0][row, :end])
+        assert (hidden[0][row, :end] - expected).abs().max() < 1e-10
+
+
+def test_what_is_refused() -> None:
+    model, batch = decoder(), Batch()
+    given = {"visual": batch.visual, "last": batch.last}
+    for budgets in ([9, 1, 1], [-1, 1, 1], [1, 1]):
+        with (
+            pytest.raises(ValueError, match=r"between 0 and the number of visual tokens \[8, 5, 6\]"),
+            dropping(model, FastV(), **given, budgets=torch.tensor(budgets)),
+        ):
+            pass
+    budgets = torch.tensor([1, 1, 1])
+    with (
+        pytest.raises(ValueError, match="decoder of 4 layers; 1 to 3"),
+        dropping(model, FastV(4), **given, budgets=budgets),
+    ):
+        pass
+    with pytest.raises(ValueError, match="layer 0 is not allowed"):
+        FastV(0)
+    with pytest.raises(ValueError, match="budget 9 is not allowed; 0 to the picture's 8"):
+        FastV().layer_counts(4, 8, 9)
+    with (
+        dropping(model, FastV(), **given, budgets=budgets),
+        pytest.raises(ValueError, match="got StaticCache"),
+    ):
+        model(**batch.inputs(), past_key_values=StaticCache(model.config, max_cache_len=20))
+    model.set_attn_implementation("flex_attention")
+    with (
+        pytest.raises(ValueError, match="'flex_attention' is not allowed"),
+        dropping(model, FastV(), **given, budgets=budgets),
+    ):
+        pass

@@ -33,3 +33,110 @@ class PrunerConfig:
     def paper(cls, width: int, fingerprint: str) -> "PrunerConfig":
         """The sizes of TPRL, arXiv 2603.13394."""
         return cls(width, fingerprint, latent=256, autoencoder_hidden=512, policy_hidden=256, policy_heads=8)
+
+
+@dataclass(frozen=True)
+class AutoencoderStage:
+    """Stage 1: the autoencoder learns to reconstruct visual tokens, without any label.
+
+    Attributes:
+        steps: updates.
+        pictures: in a batch.
+        learning_rate: of AdamW.
+        weight_decay: of AdamW.
+    """
+
+    steps: int = 400
+    pictures: int = 8
+    learning_rate: float = 2e-3
+    weight_decay: float = 0.01
+
+
+@dataclass(frozen=True)
+class ImitateStage:
+    """Stage 2: the policy imitates, for every sample, the demonstration that the reward likes best.
+
+    Attributes:
+        demonstrations: samples that are demonstrated, one trajectory kept of each; 0 skips the stage.
+        teachers: selectors that compete for every sample, and "search", see ``tprl.demonstrations.search``.
+        budgets: tokens kept after every step of a demonstration, falling.
+        epochs: passes over the demonstrations.
+        batch: samples in an update.
+        learning_rate: of AdamW.
+    """
+
+    demonstrations: int = 4096
+    teachers: tuple[str, ...] = ("text-attention", "fastervlm", "divprune", "cdpruner")
+    budgets: tuple[int, ...] = (128, 48, 16)
+    epochs: int = 5
+    batch: int = 32
+    learning_rate: float = 1e-3
+
+
+@dataclass(frozen=True)
+class PpoStage:
+    """Stage 3: PPO on the joint reward of accuracy and efficiency.
+
+    Attributes:
+        epochs: rounds of rollouts; 0 skips the stage.
+        questions: in a round.
+        rollouts: of every question in a round.
+        horizon: T, steps in an episode.
+        discount: ``lambda_disc``; step t keeps with probability ``discount ** t * p``.
+        alpha: weight of the task in the reward.
+        beta: weight of the tokens removed in the reward.
+        score: "log_likelihood" of the reference answer, or "correct", 1 where it is what greedy decoding gives.
+        baseline: "group", the other rollouts of the question; "critic", generalised advantage estimation.
+        gamma: discount of later rewards.
+        gae_lambda: of the critic's advantages.
+        minibatch: episodes in an update.
+        update_epochs: passes over a round's episodes.
+        actor_learning_rate: of the policy.
+        critic_learning_rate: of the critic.
+        clip_epsilon: of the ratios.
+        entropy_coeff: weight of the entropy.
+        value_coeff: weight of the critic's loss.
+        max_kl: an update epoch is the last where the approximate KL a token exceeds this.
+    """
+
+    epochs: int = 80
+    questions: int = 32
+    rollouts: int = 8
+    horizon: int = 3
+    discount: float = 0.9
+    alpha: float = 1.0
+    beta: float = 0.1
+    score: str = "log_likelihood"
+    baseline: str = "group"
+    gamma: float = 0.99
+    gae_lambda: float = 0.95
+    minibatch: int = 64
+    update_epochs: int = 2
+    actor_learning_rate: float = 3e-4
+    critic_learning_rate: float = 1e-3
+    clip_epsilon: float = 0.2
+    entropy_coeff: float = 0.0
+    value_coeff: float = 0.5
+    max_kl: float = 0.02
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """A whole training: one after the other, each stage starting from what the one before left.
+
+    Attributes:
+        samples: of the training split.
+        validation: samples of the validation split, for metrics and for the threshold.
+        max_drop: points of validation accuracy that the calibrated threshold may cost.
+        seed: all randomness follows from it.
+        save_every: updates between two checkpoints.
+    """
+
+    autoencoder: AutoencoderStage = AutoencoderStage()
+    imitate: ImitateStage = ImitateStage()
+    ppo: PpoStage = PpoStage()
+    samples: int = 8192
+    validation: int = 500
+    max_drop: float = 0.3
+    seed: int = 0
+    save_every: int = 20

@@ -11,45 +11,51 @@ from tprl.data.scenes import COLOURS, KINDS
 from tprl.lvlm.packing import Packed
 from tprl.pocket.questions import Questions
 
-LOOKING_LAYER, LOOKING_HEADS = 4, 3
+LOOKING_LAYERS, LOOKING_KEY_HEADS = (4, 5, 6), 2
 
 
 class Looking:
-    """Attention of some heads of one layer, recorded so that it can be taught where to look.
+    """Attention of some heads of some layers, recorded so that it can be taught where to look.
 
     The first layers of the base model hold a head that finds equal tokens, but none that fetches what stands there;
-    those come much deeper. So the heads of ``LOOKING_LAYER`` that share its first key head are shown, from the
-    labels of the scene, which patches an answer is to be read from.
+    those come much deeper. So the heads of ``LOOKING_LAYERS`` that share the first ``LOOKING_KEY_HEADS`` key heads are
+    shown, from the labels of the scene, which patches an answer is to be read from. One key head's values would be too
+    narrow for all that a patch says.
     """
 
     def __init__(self, language: LlamaModel) -> None:
-        self.attention = language.layers[LOOKING_LAYER].self_attn
-        self.attention.register_forward_pre_hook(self._record, with_kwargs=True)
+        self.recorded: dict[nn.Module, tuple[Tensor, tuple[Tensor, Tensor]]] = {}
+        for layer in LOOKING_LAYERS:
+            language.layers[layer].self_attn.register_forward_pre_hook(self._record, with_kwargs=True)
 
     def _record(self, module: nn.Module, args: object, kwargs: dict[str, Any]) -> None:
-        self.hidden, self.rotary = kwargs["hidden_states"], kwargs["position_embeddings"]
+        self.recorded[module] = kwargs["hidden_states"], kwargs["position_embeddings"]
 
     def loss(self, packed: Packed, relevant: Tensor, has_any: Tensor) -> Tensor:
         """Mean of ``-log(attention on relevant patches)`` over the places that predict an answer's token.
 
         Args:
             relevant: bool ``(questions, N)``.
+            has_any: bool ``(questions,)``; questions without relevant patches are left out.
         """
-        attention = self.attention
-        size = attention.head_dim
-        heads = LOOKING_HEADS * size
-        q = nn.functional.linear(self.hidden, attention.q_proj.weight[:heads]).unflatten(-1, (LOOKING_HEADS, size))
-        k = nn.functional.linear(self.hidden, attention.k_proj.weight[:size]).unflatten(-1, (1, size))
-        q, k = apply_rotary_pos_emb(q, k, *self.rotary, unsqueeze_dim=2)
-        row, at = (packed.owners >= 0).nonzero(as_tuple=True)
-        owner = packed.owners[row, at]
-        chosen = has_any[owner]
-        row, at, owner = row[chosen], at[chosen], owner[chosen]
-        scores = torch.einsum("phd,pld->phl", q[row, at], k[row, :, 0]).float() * attention.scaling
-        scores = scores.masked_fill(~packed.mask[row, 0, at][:, None], -torch.inf)
-        start, stop = packed.visual.start, packed.visual.stop
-        wanted = scores[..., start:stop].masked_fill(~relevant[owner][:, None], -torch.inf)
-        return (scores.logsumexp(-1) - wanted.logsumexp(-1)).mean()
+        losses = []
+        for row, owners in enumerate(packed.owners):
+            at = (owners >= 0).nonzero()[:, 0]
+            at = at[has_any[owners[at]]]
+            visible = packed.mask[row, 0, at]
+            wanted = torch.zeros_like(visible)
+            wanted[:, packed.visual] = relevant[owners[at]]
+            for attention, (hidden, (cos, sin)) in self.recorded.items():
+                size, shared = attention.head_dim, attention.num_key_value_groups
+                keys, queries = LOOKING_KEY_HEADS * size, LOOKING_KEY_HEADS * size * shared
+                q = nn.functional.linear(hidden[row, at], attention.q_proj.weight[:queries]).unflatten(-1, (-1, size))
+                k = nn.functional.linear(hidden[row], attention.k_proj.weight[:keys]).unflatten(-1, (-1, size))
+                q, _ = apply_rotary_pos_emb(q, q, cos[row, at], sin[row, at])
+                k, _ = apply_rotary_pos_emb(k, k, cos[row], sin[row])
+                scores = torch.einsum("pgsd,lgd->gspl", q.unflatten(1, (-1, shared)), k).float() * attention.scaling
+                everything = scores.masked_fill(~visible, -torch.inf).logsumexp(-1)
+                losses.append(everything - scores.masked_fill(~wanted, -torch.inf).logsumexp(-1))
+        return torch.cat(losses, -1).mean()
 
 
 def relevant_patches(asked: list[Questions], labels: Tensor) -> tuple[Tensor, Tensor]:

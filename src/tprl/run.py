@@ -1,0 +1,218 @@
+"""A training's folder: settings, metrics, checkpoints, and the loop that can be killed anywhere and goes on.
+
+    RUN/config.json        what was asked for
+    RUN/metrics.jsonl      one line an update
+    RUN/checkpoints/       the newest two of every stage
+    RUN/pruner/            the result
+
+A stage's update is a function of the step's number and of what the checkpoint holds, so a resumed run ends exactly as
+one that was never interrupted.
+"""
+
+import json
+import math
+import shutil
+import signal
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from torch import nn
+
+from tprl.checkpoint import (
+    DamagedCheckpoint,
+    load_checkpoint,
+    load_optimizer,
+    optimizer_tensors,
+    prefixed,
+    save_checkpoint,
+    with_prefix,
+)
+
+KEPT_CHECKPOINTS = 2
+
+
+class RunFolder:
+    """See the module.
+
+    Args:
+        folder: of the run.
+        config: JSON-able settings, all that the result depends on.
+        resume: go on with the run that stands there.
+        overwrite: delete what stands there and begin anew.
+
+    Raises:
+        ValueError: the folder exists and neither ``resume`` nor ``overwrite`` is given, both are, or the run there has
+            other settings.
+    """
+
+    def __init__(self, folder: Path, config: dict[str, Any], resume: bool = False, overwrite: bool = False) -> None:
+        self.folder, self.checkpoints = folder, folder / "checkpoints"
+        if resume and overwrite:
+            raise ValueError("give one of --resume and --overwrite, not both")
+        if folder.exists() and any(folder.iterdir()):
+            if overwrite:
+                shutil.rmtree(folder)
+            elif not resume:
+                raise ValueError(f"the run directory {folder} exists; --resume goes on with it, --overwrite deletes it")
+        config = json.loads(json.dumps(config))
+        if (folder / "config.json").exists():
+            found = json.loads((folder / "config.json").read_text())
+            if found != config:
+                differing = sorted(key for key in found.keys() | config.keys() if found.get(key) != config.get(key))
+                raise ValueError(f"the run in {folder} has other settings of {', '.join(differing)}; it cannot go on")
+        self.checkpoints.mkdir(parents=True, exist_ok=True)
+        partial = folder / "config.json.partial"
+        partial.write_text(json.dumps(config, indent=2) + "\n")
+        partial.replace(folder / "config.json")
+
+    def log(self, stage: str, step: int, metrics: dict[str, float]) -> None:
+        """Append one line to the metrics."""
+        with (self.folder / "metrics.jsonl").open("a") as file:
+            file.write(json.dumps({"stage": stage, "step": step, **metrics}) + "\n")
+
+    def rewind(self, stage: str, step: int) -> None:
+        """Forget metrics of ``stage`` behind ``step``, which a resumed run will write again."""
+        path = self.folder / "metrics.jsonl"
+        if not path.exists():
+            return
+        kept = []
+        for line in path.read_text().splitlines(keepends=True):
+            if not line.endswith("\n"):
+                continue  # the run was killed while it wrote
+            entry = json.loads(line)
+            if entry["stage"] != stage or entry["step"] <= step:
+                kept.append(line)
+        partial = path.with_suffix(".partial")
+        partial.write_text("".join(kept))
+        partial.replace(path)
+
+    def save(self, stage: str, step: int, module: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+        """Write a checkpoint and delete all but the newest of the stage."""
+        tensors = prefixed(module.state_dict().items(), "module.") | optimizer_tensors(optimizer)
+        save_checkpoint(self.checkpoints / f"{stage}-{step:06d}.safetensors", tensors, {"step": step})
+        for old in self._saved(stage)[KEPT_CHECKPOINTS:]:
+            old.unlink()
+
+    def restore(self, stage: str, module: nn.Module, optimizer: torch.optim.Optimizer) -> int:
+        """Load the newest checkpoint of a stage that is whole; returns its step, 0 if there is none."""
+        for path in self._saved(stage):
+            try:
+                tensors, meta = load_checkpoint(path)
+            except DamagedCheckpoint as error:
+                print(f"{error}; the checkpoint before it is used", file=sys.stderr)
+                path.unlink()
+                continue
+            module.load_state_dict(with_prefix(tensors, "module."))
+            load_optimizer(optimizer, tensors)
+            return int(meta["step"])
+        return 0
+
+    def _saved(self, stage: str) -> list[Path]:
+        return sorted(self.checkpoints.glob(f"{stage}-*.safetensors"), reverse=True)
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One stage of a training.
+
+    Attributes:
+        name: of its metrics and checkpoints.
+        steps: updates.
+        module: what is trained.
+        optimizer: holds the parameters that are.
+        update: does update number ``step`` and returns its metrics.
+    """
+
+    name: str
+    steps: int
+    module: nn.Module
+    optimizer: torch.optim.Optimizer
+    update: Callable[[int], dict[str, float]]
+
+
+def fit(run: RunFolder, stage: Stage, save_every: int) -> None:
+    """Do all updates of a stage that are not done yet.
+
+    Raises:
+        FloatingPointError: a metric or a parameter is not finite; the module is saved for inspection.
+        SystemExit: SIGTERM or Ctrl-C came; what is done is saved first.
+    """
+    done = run.restore(stage.name, stage.module, stage.optimizer)
+    run.rewind(stage.name, done)
+    with _stopped_gently() as stopped, _table(stage) as show:
+        for step in range(done, stage.steps):
+            metrics = stage.update(step)
+            _check_finite(run, stage, step, metrics)
+            run.log(stage.name, step + 1, metrics)
+            show(step + 1, metrics)
+            if stopped or (step + 1) % save_every == 0 or step + 1 == stage.steps:
+                run.save(stage.name, step + 1, stage.module, stage.optimizer)
+            if stopped:
+                print(f"stopped and saved after update {step + 1} of {stage.name}; go on with --resume", file=sys.stderr)
+                raise SystemExit(128 + stopped[0])
+
+
+def _check_finite(run: RunFolder, stage: Stage, step: int, metrics: dict[str, float]) -> None:
+    wrong = [name for name, value in metrics.items() if not math.isfinite(value)]
+    wrong += [name for name, weight in stage.module.named_parameters() if not bool(weight.isfinite().all())]
+    if wrong:
+        path = run.folder / f"not-finite-{stage.name}-{step + 1:06d}.safetensors"
+        save_checkpoint(path, dict(stage.module.state_dict()), {"step": step + 1, "not_finite": wrong})
+        raise FloatingPointError(
+            f"update {step + 1} of {stage.name} gave values that are not finite: {', '.join(wrong[:5])}; saved as {path}"
+        )
+
+
+@contextmanager
+def _stopped_gently() -> Iterator[list[int]]:
+    """Gives a list that holds the number of a signal to stop, once one came."""
+    came: list[int] = []
+    before = {number: signal.signal(number, lambda given, _: came.append(given)) for number in _STOPS}
+    try:
+        yield came
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+_STOPS = (signal.SIGINT, signal.SIGTERM)
+
+
+@contextmanager
+def _table(stage: Stage) -> Iterator[Callable[[int, dict[str, float]], None]]:
+    """Shows the newest metrics and the time left on a terminal, a line every tenth of the stage elsewhere."""
+    from rich.live import Live
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+    from rich.table import Table
+
+    console = Console(stderr=True)
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    progress = Progress(*columns, console=console)
+    task = progress.add_task(stage.name, total=stage.steps)
+
+    def show(step: int, metrics: dict[str, float]) -> None:
+        progress.update(task, completed=step)
+        if live is not None:
+            table = Table.grid(padding=(0, 2))
+            for name, value in metrics.items():
+                table.add_row(name, f"{value:.4g}")
+            grid = Table.grid()
+            grid.add_row(progress)
+            grid.add_row(table)
+            live.update(grid)
+        elif step % max(1, stage.steps // 10) == 0 or step == stage.steps:
+            line = "  ".join(f"{name} {value:.4g}" for name, value in metrics.items())
+            print(f"{stage.name} {step}/{stage.steps}  {line}", file=sys.stderr, flush=True)
+
+    if console.is_terminal:
+        with Live(progress, console=console, transient=True) as live:
+            yield show
+    else:
+        live = None
+        yield show

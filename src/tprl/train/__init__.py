@@ -1,0 +1,1 @@
+"""The stages of TPRL's training, each a linear recipe."""

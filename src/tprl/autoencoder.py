@@ -23,11 +23,13 @@ class TokenAutoencoder(nn.Module):
 
     def encode(self, tokens: Tensor) -> Tensor:
         """``(..., D)`` to latents ``(..., L)``."""
-        return self.encoder(tokens)
+        latents: Tensor = self.encoder(tokens)
+        return latents
 
     def forward(self, tokens: Tensor) -> Tensor:
         """The reconstruction ``(..., D)`` of ``tokens``."""
-        return self.decoder(self.encoder(tokens))
+        reconstruction: Tensor = self.decoder(self.encoder(tokens))
+        return reconstruction
 
 
 def reconstruction_loss(reconstruction: Tensor, tokens: Tensor, mask: Tensor) -> Tensor:

@@ -44,6 +44,21 @@ def save_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str
         raise OSError(f"could not save {path}: {error}") from error
 
 
+def save_text(path: Path, text: str) -> None:
+    """Write a text file whole or not at all.
+
+    Raises:
+        OSError: the disk is full or the folder is not writable; what stood at ``path`` is left untouched.
+    """
+    partial = path.with_name(path.name + ".partial")
+    try:
+        partial.write_text(text)
+        partial.replace(path)
+    except OSError as error:
+        partial.unlink(missing_ok=True)
+        raise OSError(f"could not save {path}: {error}") from error
+
+
 def load_checkpoint(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """The tensors and the meta of a checkpoint.
 

@@ -94,7 +94,7 @@ class KeepDistribution:
         """bool ``(B, N)``, at least one True a row."""
         uniform = torch.rand(self.probs.shape, generator=generator, device=self.probs.device)
         action = (uniform < self.probs) & self.mask
-        best = self.probs.masked_fill(~self.mask, -1).argmax(1, keepdim=True)
+        best = self.log_keep.masked_fill(~self.mask, -torch.inf).argmax(1, keepdim=True)
         return action | (~action.any(1, keepdim=True) & torch.zeros_like(action).scatter(1, best, True))
 
     def token_log_prob(self, action: Tensor) -> Tensor:

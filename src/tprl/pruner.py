@@ -6,13 +6,15 @@ from pathlib import Path
 
 import torch
 from huggingface_hub import HfApi, snapshot_download
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from tprl.autoencoder import TokenAutoencoder
-from tprl.checkpoint import save_tensors
+from tprl.checkpoint import DamagedCheckpoint, save_tensors, save_text
 from tprl.config import PrunerConfig
 from tprl.policy import Policy, PolicyOutput
+from tprl.selectors.base import check
 from tprl.types import Selection, VisualTokens
 
 WEIGHTS, CONFIG = "pruner.safetensors", "pruner.json"
@@ -28,6 +30,8 @@ class TokenPruner(nn.Module):
 
     name = "tprl"
     needs: frozenset[str] = frozenset()
+    token_mean: Tensor
+    token_scale: Tensor
 
     def __init__(self, config: PrunerConfig) -> None:
         super().__init__()
@@ -49,14 +53,13 @@ class TokenPruner(nn.Module):
 
     def look(self, latents: Tensor, visual: VisualTokens, state: Tensor) -> PolicyOutput:
         """The policy's output for a state: ``state`` is bool ``(B, N)``, the tokens still held."""
-        query = visual.query.float() * self.config.use_question
-        return self.policy(latents, visual.coords, state, query, visual.query_mask)
+        query_mask = visual.query_mask & self.config.use_question
+        output: PolicyOutput = self.policy(latents, visual.coords, state, visual.query.float(), query_mask)
+        return output
 
-    @torch.no_grad()
     def keep_probs(self, visual: VisualTokens) -> Tensor:
         """Probability that the question needs each token, float32 ``(B, N)``, 0 at padding."""
-        logits = self.look(self.encode(visual.tokens), visual, visual.mask).logits
-        return logits.sigmoid() * visual.mask
+        return self._logits(visual).sigmoid()
 
     def select(self, visual: VisualTokens, budget: Tensor) -> Selection:
         """The ``budget`` most probable tokens of every row.
@@ -68,13 +71,8 @@ class TokenPruner(nn.Module):
             ValueError: a budget is out of range, or the tokens have another width.
         """
         self._check(visual)
-        real = visual.mask.sum(1)
-        if bool(((budget < 1) | (budget > real)).any()):
-            raise ValueError(
-                f"budgets must lie between 1 and the number of visual tokens {real.tolist()}, got {budget.tolist()}"
-            )
-        probs = self.keep_probs(visual).masked_fill(~visual.mask, -1)
-        rank = probs.argsort(dim=1, descending=True, stable=True).argsort(1)
+        check(self, visual, budget)
+        rank = self._logits(visual).argsort(dim=1, descending=True, stable=True).argsort(1)
         return Selection(rank < budget[:, None])
 
     def select_above(self, visual: VisualTokens, threshold: float | None = None) -> Selection:
@@ -88,9 +86,16 @@ class TokenPruner(nn.Module):
         threshold = self.config.threshold if threshold is None else threshold
         if not 0 <= threshold <= 1:
             raise ValueError(f"threshold must lie in [0, 1], got {threshold}")
-        probs = self.keep_probs(visual)
-        best = torch.zeros_like(visual.mask).scatter(1, probs.argmax(1, keepdim=True), True)
-        return Selection(((probs > threshold) & visual.mask) | best)
+        logits = self._logits(visual)
+        best = torch.zeros_like(visual.mask).scatter(1, logits.argmax(1, keepdim=True), True)
+        return Selection(((logits.sigmoid() > threshold) | best) & visual.mask)
+
+    @torch.no_grad()
+    def _logits(self, visual: VisualTokens) -> Tensor:
+        """Of keeping each token in one look, ``(B, N)``, minus infinity at padding. Tokens are ranked by these, since
+        probabilities round to 1."""
+        logits = self.look(self.encode(visual.tokens), visual, visual.mask).logits
+        return logits.masked_fill(~visual.mask, -torch.inf)
 
     def _check(self, visual: VisualTokens) -> None:
         if visual.tokens.shape[-1] != self.config.width:
@@ -100,13 +105,15 @@ class TokenPruner(nn.Module):
             )
 
     def save_pretrained(self, folder: str | Path) -> None:
-        """Write ``pruner.safetensors`` and ``pruner.json`` into ``folder``; either file appears whole or not at all."""
+        """Write ``pruner.safetensors`` and ``pruner.json`` into ``folder``; either file appears whole or not at all.
+
+        Raises:
+            OSError: the disk is full or the folder is not writable.
+        """
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         save_tensors(folder / WEIGHTS, self.state_dict(), {"format": "pt"})
-        partial = folder / (CONFIG + ".partial")
-        partial.write_text(json.dumps(asdict(self.config), indent=2) + "\n")
-        partial.replace(folder / CONFIG)
+        save_text(folder / CONFIG, json.dumps(asdict(self.config), indent=2) + "\n")
 
     @classmethod
     def from_pretrained(cls, name_or_path: str | Path, fingerprint: str | None = None) -> "TokenPruner":
@@ -119,6 +126,7 @@ class TokenPruner(nn.Module):
         Raises:
             FileNotFoundError: the folder lacks one of the two files.
             ValueError: unknown or missing settings or weights, or another model's fingerprint.
+            DamagedCheckpoint: a file is truncated or altered.
         """
         folder = Path(name_or_path)
         if not folder.is_dir():
@@ -128,7 +136,12 @@ class TokenPruner(nn.Module):
         for name in (WEIGHTS, CONFIG):
             if not (folder / name).is_file():
                 raise FileNotFoundError(f"{folder} holds no pruner: {name} is missing")
-        settings = json.loads((folder / CONFIG).read_text())
+        try:
+            settings = json.loads((folder / CONFIG).read_bytes())
+        except ValueError as error:
+            raise DamagedCheckpoint(f"{folder / CONFIG} is not JSON: {error}") from error
+        if not isinstance(settings, dict):
+            raise ValueError(f"{folder / CONFIG} has to hold a JSON object of settings, got {settings!r:.80}")
         known = {field.name for field in fields(PrunerConfig)}
         if settings.keys() != known:
             raise ValueError(
@@ -142,7 +155,10 @@ class TokenPruner(nn.Module):
                 f"{config.fingerprint}) than this one ({fingerprint}); train one for it with `tprl train --model ...`"
             )
         pruner = cls(config)
-        weights = load_file(folder / WEIGHTS)
+        try:
+            weights = load_file(folder / WEIGHTS)
+        except SafetensorError as error:
+            raise DamagedCheckpoint(f"{folder / WEIGHTS} is not a whole safetensors file: {error}") from error
         expected = pruner.state_dict()
         wrong = {
             name

@@ -184,9 +184,10 @@ def read_image(path: Path) -> Image.Image:
 def _text(record: dict[str, Any], name: str) -> str:
     if name not in record:
         raise DataError(f"field {name!r} is missing")
-    if not isinstance(record[name], str) or not record[name].strip():
-        raise DataError(f"field {name!r} has to be a text that is not empty, got {record[name]!r:.80}")
-    return record[name].strip()
+    text = record[name]
+    if not isinstance(text, str) or not text.strip():
+        raise DataError(f"field {name!r} has to be a text that is not empty, got {text!r:.80}")
+    return text.strip()
 
 
 def _texts(record: dict[str, Any], name: str) -> tuple[str, ...]:

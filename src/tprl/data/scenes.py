@@ -10,7 +10,7 @@ Drawings: OpenMoji (https://openmoji.org), CC BY-SA 4.0.
 
 import io
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache, cached_property
 from typing import TypeVar
@@ -212,12 +212,12 @@ class Scenes:
             raise ValueError(f"split {split!r} is not one of {sorted(_SPLIT_SEEDS)}")
         self.split = split
         self.settings = settings
-        self.samples: list[Sample] = []
+        samples: list[Sample] = []
         index = 0
-        while len(self.samples) < n:
-            self.samples += self._samples(index)
+        while len(samples) < n:
+            samples += self._samples(index)
             index += 1
-        del self.samples[n:]
+        self.samples: Sequence[Sample] = samples[:n]
 
     def _samples(self, index: int) -> list[Sample]:
         scene = make_scene(self.split, index, self.settings)
@@ -367,18 +367,22 @@ def _existence(scene: Scene, rng: np.random.Generator) -> tuple[str, str] | None
 
 def _attribute(scene: Scene, rng: np.random.Generator) -> tuple[str, str] | None:
     thing = _pick(rng, [thing for thing in scene.singles if thing.card])
-    return thing and thing.card and (f"What colour is the card under the {thing.kind}?", thing.card.colour)
+    if not thing or not thing.card:
+        return None
+    return f"What colour is the card under the {thing.kind}?", thing.card.colour
 
 
 def _reverse(scene: Scene, rng: np.random.Generator) -> tuple[str, str] | None:
     thing = _pick(rng, [thing for thing in scene.things if thing.card])
-    return thing and thing.card and (f"What lies on the {thing.card.colour} card?", thing.kind)
+    if not thing or not thing.card:
+        return None
+    return f"What lies on the {thing.card.colour} card?", thing.kind
 
 
 def _counting(scene: Scene, rng: np.random.Generator) -> tuple[str, str] | None:
     wanted = int(rng.choice([1, 2, 3, 4], p=[0.1, 0.2, 0.2, 0.5]))  # rare counts wanted more often, so asked as often
     kind = _pick(rng, [kind for kind, count in scene.counts.items() if count == wanted])
-    return kind and (f"How many {kind} drawings are there?", str(wanted))
+    return (f"How many {kind} drawings are there?", str(wanted)) if kind else None
 
 
 def _comparison(scene: Scene, rng: np.random.Generator) -> tuple[str, str] | None:
@@ -391,7 +395,9 @@ def _comparison(scene: Scene, rng: np.random.Generator) -> tuple[str, str] | Non
 
 def _reading(scene: Scene, rng: np.random.Generator) -> tuple[str, str] | None:
     thing = _pick(rng, [thing for thing in scene.singles if thing.card and thing.card.number is not None])
-    return thing and thing.card and (f"What number is on the card under the {thing.kind}?", str(thing.card.number))
+    if not thing or not thing.card:
+        return None
+    return f"What number is on the card under the {thing.kind}?", str(thing.card.number)
 
 
 def _nearest(scene: Scene, rng: np.random.Generator) -> tuple[str, str] | None:
@@ -405,7 +411,7 @@ def _position(scene: Scene, rng: np.random.Generator) -> tuple[str, str] | None:
     wanted = THIRDS[axis][int(rng.integers(3))]
     thing = _pick(rng, [thing for thing in scene.singles if thing.third(axis) == wanted])
     choice = ("on the left, in the center or on the right", "at the top, in the middle or at the bottom")[axis]
-    return thing and (f"Is the {thing.kind} {choice}?", wanted)
+    return (f"Is the {thing.kind} {choice}?", wanted) if thing else None
 
 
 def _relation(scene: Scene, rng: np.random.Generator) -> tuple[str, str] | None:
@@ -417,7 +423,7 @@ def _relation(scene: Scene, rng: np.random.Generator) -> tuple[str, str] | None:
 
 def _grounding(scene: Scene, rng: np.random.Generator) -> tuple[str, str] | None:
     thing = _pick(rng, scene.singles)
-    return thing and (f"Where is the {thing.kind}? Give its box.", box_text(thing.box))
+    return (f"Where is the {thing.kind}? Give its box.", box_text(thing.box)) if thing else None
 
 
 _FAMILIES: dict[str, Callable[[Scene, np.random.Generator], tuple[str, str] | None]] = {

@@ -170,9 +170,9 @@ def _anyres(config: PreTrainedConfig, inputs: Mapping[str, Any], entries: list[i
         if count == len(base) + 1:
             pictures.append(torch.cat([base, torch.ones(1, 2)]))
             continue
-        crops = get_anyres_image_grid_shape(size, config.image_grid_pinpoints, vision.image_size)
+        crops = cast(Any, get_anyres_image_grid_shape)(size, config.image_grid_pinpoints, vision.image_size)
         cells = torch.empty(1, crops[0] * side, crops[1] * side, device="meta")
-        rows, columns = unpad_image(cells, size).shape[1:]
+        rows, columns = cast(Any, unpad_image)(cells, size).shape[1:]
         if config.model_type == "llava_onevision":
             aspect = inputs.get("vision_aspect_ratio") or config.vision_aspect_ratio
             ratio = sqrt(rows * columns / (int(aspect.removeprefix("anyres_max_")) * side**2))
@@ -188,7 +188,7 @@ def _blocks(model: PreTrainedModel, patches: Tensor, inputs: Mapping[str, Any], 
     """Means over the square blocks of patches that a square tower's projector makes one token of."""
     side = isqrt(patches.shape[1])
     block = side // isqrt(sum(entries) // len(patches))
-    grid = patches.unflatten(1, (side // block, block, side // block, block))
+    grid = torch.unflatten(patches, 1, (side // block, block, side // block, block))
     return grid.mean((2, 4)).flatten(0, 2)
 
 
@@ -208,7 +208,7 @@ def _pack_anyres(model: PreTrainedModel, patches: Tensor, inputs: Mapping[str, A
     else:
         option = {"vision_aspect_ratio": inputs.get("vision_aspect_ratio") or config.vision_aspect_ratio}
     packed, _ = cast(Any, model.base_model).pack_image_features(
-        patches.split(crops), sizes, image_newline=newline, **option
+        torch.split(patches, crops), sizes, image_newline=newline, **option
     )
     return torch.cat(list(packed))
 

@@ -47,7 +47,7 @@ class Lvlm:
 
     def __init__(self, model: PreTrainedModel, processor: ProcessorMixin | None = None) -> None:
         self.family = family_of(model)
-        self.model = model.eval()
+        self.model: PreTrainedModel = cast(Any, model).eval()
         self.processor = processor
 
     @classmethod
@@ -56,7 +56,7 @@ class Lvlm:
     ) -> "Lvlm":
         """Load the model and the processor that stand at a path or on the Hub."""
         model: Any = AutoModelForImageTextToText.from_pretrained(name_or_path, dtype=dtype)
-        return cls(model.to(device), AutoProcessor.from_pretrained(name_or_path))
+        return cls(model.to(device), cast(Any, AutoProcessor).from_pretrained(name_or_path))
 
     @property
     def device(self) -> torch.device:
@@ -65,7 +65,7 @@ class Lvlm:
     @property
     def width(self) -> int:
         """Width ``D`` of the language model's embeddings."""
-        return self.model.config.get_text_config().hidden_size
+        return int(self.model.config.get_text_config().hidden_size)
 
     @property
     def fingerprint(self) -> str:
@@ -170,7 +170,7 @@ class Lvlm:
         return self.processor
 
     def _tokenizer(self) -> PreTrainedTokenizerBase:
-        return self._processor().tokenizer
+        return cast(PreTrainedTokenizerBase, cast(Any, self._processor()).tokenizer)
 
 
 def encode(
@@ -201,10 +201,10 @@ def split_pictures(
     for name, values in patches.items():
         assert family.pack is not None
         packed = family.pack(model, values.reshape(*values.shape[:2], -1), inputs, entries)
-        signals[name] = packed.reshape(len(tokens), *values.shape[2:]).split(counts)
+        signals[name] = torch.split(packed.reshape(len(tokens), *values.shape[2:]), counts)
     return [
         ImageFeatures(picture, where.to(picture.device), {name: rows[index] for name, rows in signals.items()})
-        for index, (picture, where) in enumerate(zip(tokens.split(counts), coords, strict=True))
+        for index, (picture, where) in enumerate(zip(torch.split(tokens, counts), coords, strict=True))
     ]
 
 

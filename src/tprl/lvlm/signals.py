@@ -4,6 +4,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import cast
 
+import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
@@ -47,7 +48,7 @@ def recorded_tower(model: PreTrainedModel, names: frozenset[str]) -> Iterator[di
         recorded["cls_attention"] = weights[:, 0, skip:] if skip else weights.mean(1)
 
     def record_keys(module: nn.Module, inputs: object, output: Tensor) -> None:
-        heads = output.detach().float().unflatten(-1, (tower.config.num_attention_heads, -1))
+        heads = torch.unflatten(output.detach().float(), -1, (tower.config.num_attention_heads, -1))
         recorded["tower_keys"] = heads.mean(-2)[:, skip:]
 
     implementation = tower.config._attn_implementation

@@ -7,20 +7,20 @@ from typing import Any
 import pytest
 import torch
 
-from evaluate.world import World, save_world, tiny_lvlm
+from evaluate.world import LAYERS, World, save_world, tiny_lvlm
+from tprl.commands.benchmark import benchmark
 from tprl.commands.evaluate import evaluate
 from tprl.config import PrunerConfig
 from tprl.data.jsonl import Jsonl
 from tprl.data.sample import DataError, Source
 from tprl.evaluate.benchmark import Benchmark
 from tprl.evaluate.flops import lvlm_flops, module_flops
-from tprl.evaluate.latency import prompt_inputs
+from tprl.evaluate.latency import prompt_inputs, pruned_model
 from tprl.evaluate.methods import METHODS, QUESTION_BLIND, Method, make_methods
 from tprl.lvlm.model import Lvlm
-from tprl.lvlm.prune import prune
 from tprl.pruner import TokenPruner
 from tprl.scoring import score
-from tprl.selectors import SELECTORS
+from tprl.selectors import IN_MODEL, SELECTORS
 
 ROW = [
     "method", "budget", "kept_mean", "accuracy", "accuracy_unpruned", "accuracy_blind", "drop_points", "drop_ci95",
@@ -88,6 +88,11 @@ def run(files: Path, out: str = "out", **options: Any) -> None:
     evaluate(files / out, **{**given, **options})
 
 
+def row_of(results: dict[str, Any], method: Method) -> dict[str, Any]:
+    (row,) = [row for row in results["rows"] if (row["method"], row["budget"]) == (method.name, method.budget)]
+    return row
+
+
 def without_times(results: dict[str, Any]) -> dict[str, Any]:
     rows = [{name: value for name, value in row.items() if name not in TIMES} for row in results["rows"]]
     return {**results, "rows": rows}
@@ -110,7 +115,7 @@ def test_results_hold_what_they_should(results: dict[str, Any]) -> None:
         for name in ("accuracy", "accuracy_unpruned", "accuracy_blind", "kept_mean"):
             parts = [part[name] for part in row["per_family"].values()]
             assert sum(n * part for n, part in zip(counts, parts, strict=True)) / 24 == pytest.approx(row[name])
-        if row["budget"] is not None:
+        if row["budget"] is not None and row["method"] not in IN_MODEL:
             assert row["kept_mean"] == row["budget"]
 
 
@@ -122,11 +127,10 @@ def test_accuracy_is_that_of_generate_on_each_sample(
     for method in (method for method in methods if method.name == name):
         scores, kept = [], []
         for index, sample in enumerate(world.samples):
-            limits = {"budget": method.budget, "threshold": method.threshold}
-            with prune(lvlm.model, method.selector, **limits, template_ids=lvlm.template_ids) as pruning:
+            with pruned_model(lvlm, method, prompt_inputs(lvlm, world, sample)) as pruning:
                 scores.append(score(sample, generated(lvlm, world, index)))
-            kept.append(pruning.kept[0][0].count)
-        (row,) = [r for r in results["rows"] if (r["method"], r["budget"]) == (name, method.budget)]
+            kept.append(pruning.kept[0][0].count if method.selector else row_of(results, method)["kept_mean"])
+        row = row_of(results, method)
         assert row["accuracy"] == pytest.approx(sum(scores) / 24)
         assert row["kept_mean"] == pytest.approx(sum(kept) / 24)
 
@@ -161,13 +165,19 @@ def test_flops_and_cache_include_the_pruner(lvlm: Lvlm, pruner: TokenPruner, res
     extra = module_flops(pruner, visual, method="keep_probs")
     for row in results["rows"]:
         language = lvlm_flops(config, round(row["kept_mean"]), round(text)).total
+        if row["method"] == "fastv":  # two layers see everything, and choosing takes a layer's keys and one query
+            counts = [16, 16, *[row["budget"]] * (LAYERS - 2)]
+            assert row["kept_mean"] == pytest.approx(sum(counts) / LAYERS)
+            chosen = row["flops"] - lvlm_flops(config, 16, round(text), counts).total
+            length = 16 + len(lvlm.prompt_ids("what is it ?")[1]) + 1
+            assert chosen == pytest.approx(2 * 16 * (length * 8 + 16) + 2 * length * 16, rel=0.2)
         if row["method"] == "tprl":
             assert row["flops"] - language == pytest.approx(extra, rel=0.2)
         if row["method"] == "divprune":
             assert row["flops"] - language == 2 * 16 * 16 * 16
         if row["method"] in ("random", "uniform", "fastervlm"):
             assert row["flops"] == language
-        per_token = 2 * 2 * 8 * 4 / 2**20  # two layers, keys and values of one head of width 8, float32
+        per_token = LAYERS * 2 * 8 * 4 / 2**20  # keys and values of one head of width 8, float32
         assert row["kv_cache_mib"] == pytest.approx((row["kept_mean"] + text) * per_token)
 
 
@@ -261,3 +271,20 @@ def test_the_world_as_a_file(tmp_path: Path) -> None:
         assert (ours.question, ours.answers if not ours.box else ours.box, ours.box_scale) == (
             theirs.question, theirs.answers if not theirs.box else theirs.box, theirs.box_scale,
         )  # fmt: skip
+
+
+def test_the_headline_run_is_one_evaluation_a_set(files: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (files / "other.jsonl").write_text((files / "world.jsonl").read_text())
+    options: dict[str, Any] = {
+        "n": 8, "budgets": "4", "methods": "uniform,fastv", "model": str(files / "model"), "dtype": "float32",
+        "cache": files / "cache",
+    }  # fmt: skip
+    both = f"{files / 'world.jsonl'},{files / 'other.jsonl'}"
+    benchmark(files / "out", data=both, **options)
+    for name in ("world", "other"):
+        assert len(json.loads((files / "out" / name / "results.json").read_text())["rows"]) == 2
+    with pytest.raises(ValueError, match="out exists; --resume"):
+        benchmark(files / "out", data=both, **options)
+    benchmark(files / "out", data=both, resume=True, **options)
+    with pytest.raises(ValueError, match="need different file names"):
+        benchmark(files / "new", data=f"{files / 'world.jsonl'},world", **options)

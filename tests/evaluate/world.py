@@ -1,7 +1,10 @@
 """A tiny LVLM that looks, answers with one word and stops, and questions about random pictures."""
 
+import json
 from collections.abc import Sequence
+from copy import deepcopy
 from pathlib import Path
+from unittest.mock import patch
 
 import numpy as np
 import torch
@@ -11,7 +14,7 @@ from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Split
 from transformers import CLIPImageProcessorPil, LlavaProcessor, PreTrainedTokenizerFast
 
-from lvlm.tiny import make
+from lvlm.tiny import CONFIGS, make
 from tprl.data.sample import Sample
 from tprl.lvlm.model import Lvlm
 
@@ -25,12 +28,16 @@ TEXTS = ["cat", "dog", "red", "two"]
 BOXES = ["[0,0,4,4]", "[0,0,8,8]", "[4,4,8,8]", "[2,2,8,8]"]
 VOCABULARY = {word: number for number, word in enumerate([*WORDS, *TEXTS, *BOXES])} | {"<image>": 60}
 END = VOCABULARY["[end]"]
+LAYERS = 6
 QUESTIONS = ["what is it ?", "where is it now ?", "is it ?", "what now ?"]
 
 
 def tiny_lvlm() -> Lvlm:
     """16 visual tokens. Which of ``TEXTS`` and ``BOXES`` it answers depends on picture and question; then it stops."""
-    model = make("llava", torch.float32).model
+    text = deepcopy(CONFIGS["llava"]["text_config"])
+    text.num_hidden_layers = LAYERS
+    with patch.dict(CONFIGS, {"llava": {**CONFIGS["llava"], "text_config": text}}):
+        model = make("llava", torch.float32).model
     words, head = model.get_input_embeddings().weight, model.lm_head.weight
     answers = torch.tensor([VOCABULARY[word] for word in [*TEXTS, *BOXES]])
     with torch.no_grad():
@@ -88,8 +95,6 @@ class World:
 
 def save_world(folder: Path, world: World) -> Path:
     """The same questions as a JSONL file with a picture folder of PNGs; returns the file."""
-    import json
-
     records = []
     for sample in world.samples:
         world.image(sample.image_id).save(folder / f"{sample.image_id}.png")

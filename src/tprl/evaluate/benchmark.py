@@ -24,7 +24,7 @@ import tprl
 from tprl.data.sample import Source
 from tprl.evaluate.flops import kv_cache_mib, lvlm_flops
 from tprl.evaluate.latency import measure_prefill, prompt_inputs
-from tprl.evaluate.methods import QUESTION_BLIND, Method
+from tprl.evaluate.methods import QUESTION_BLIND, Method, choice_flops
 from tprl.evaluate.statistics import bootstrap_ci95
 from tprl.lvlm.cache import EncodedSamples, weights_digest
 from tprl.lvlm.model import Lvlm
@@ -44,14 +44,14 @@ class Cell:
 
     Attributes:
         scores: of every sample, in [0, 1].
-        kept: visual tokens that the language model saw for every sample.
+        kept: visual tokens that the language model saw for every sample; mean over its layers where those differ.
         selector_flops: FLOPs of choosing for one sample.
         prefill_ms: median of a pruned prefill; 0 where nothing is pruned.
         prefill_ms_unpruned: median of the unpruned prefill in the same run.
     """
 
     scores: list[float]
-    kept: list[int]
+    kept: list[float]
     selector_flops: int = 0
     prefill_ms: float = 0.0
     prefill_ms_unpruned: float = 0.0
@@ -92,7 +92,7 @@ class Benchmark:
         _check_out(out, resume, overwrite)
         _check_budgets(lvlm, source, methods)
         self.lvlm, self.model, self.source, self.methods, self.out, self.seed = lvlm, model, source, methods, out, seed
-        signals = frozenset[str]().union(*(method.selector.needs for method in methods))
+        signals = frozenset[str]().union(*(method.needs for method in methods))
         self.encoded = EncodedSamples(lvlm, source, cache, signals)
         samples = "\n".join(f"{s.image_id}\t{s.question}\t{s.answers}\t{s.box}" for s in source.samples)
         self._made_from = {
@@ -141,7 +141,7 @@ class Benchmark:
 
     def _origin(self, method: Method | None) -> dict[str, Any]:
         """All that a cell's numbers depend on."""
-        pruner = method.selector if method and isinstance(method.selector, TokenPruner) else None
+        pruner = method.pruner if method else None
         return {
             **self._made_from,
             "pruner": pruner_digest(pruner) if pruner else None,
@@ -158,7 +158,7 @@ class Benchmark:
             return self._by_picture(None, title, blind=label == "blind")
         cell = self._by_picture(method, title) if method.name in QUESTION_BLIND else self._by_question(method, title)
         prefill = measure_prefill(self.lvlm, method, self._timed_inputs())
-        flops = method.flops(self.encoded.visual([self._typical()]))
+        flops = choice_flops(method, self.encoded, self._typical())
         return Cell(cell.scores, cell.kept, flops, prefill.pruned_ms, prefill.unpruned_ms)
 
     def _by_picture(self, method: Method | None, title: str, blind: bool = False) -> Cell:
@@ -184,15 +184,20 @@ class Benchmark:
     def _by_question(self, method: Method, title: str) -> Cell:
         """Every question sees tokens of its own."""
         scores: list[Tensor] = []
-        kept: list[int] = []
+        kept: list[float] = []
         for start in track(range(0, len(self.encoded), QUESTIONS_AT_ONCE), title):
             indices = range(start, min(start + QUESTIONS_AT_ONCE, len(self.encoded)))
             visual = self.encoded.visual(indices)
             selection = method.select(visual)
             tokens = visual.tokens if selection.tokens is None else selection.tokens
-            scores.append(self.encoded.accuracy(indices, tokens, selection.keep_mask))
-            kept += selection.keep_mask.sum(1).tolist()
+            scores.append(self.encoded.accuracy(indices, tokens, selection.keep_mask, method.within))
+            kept += [self._mean_over_layers(method, count) for count in selection.keep_mask.sum(1).tolist()]
         return Cell(torch.cat(scores).tolist(), kept)
+
+    def _mean_over_layers(self, method: Method, count: int) -> float:
+        """Visual tokens that a decoder layer sees on average where ``count`` enter the language model."""
+        counts = method.layer_counts(self.lvlm.model.config.get_text_config().num_hidden_layers, count)
+        return count if counts is None else mean(counts)
 
     def _timed_inputs(self) -> list[BatchFeature]:
         """The first question about each of the first pictures, ready for the model; the first of them only warms up."""
@@ -226,11 +231,11 @@ class Benchmark:
         drops = [before - after for before, after in zip(unpruned.scores, cell.scores, strict=True)]
         low, high = bootstrap_ci95(drops, self.seed)
         config, kept = self.lvlm.model.config, mean(cell.kept)
-        text = len(self.encoded.scorer.before) + mean(
-            [self.encoded.block(i).answer_start for i in range(len(self.encoded))]
-        )
-        whole = lvlm_flops(config, round(mean(unpruned.kept)), round(text)).total
-        flops = lvlm_flops(config, round(kept), round(text)).total + cell.selector_flops
+        prompts = [self.encoded.block(i).answer_start for i in range(len(self.encoded))]
+        text, total = len(self.encoded.scorer.before) + mean(prompts), round(mean(unpruned.kept))
+        counts = method.layer_counts(config.get_text_config().num_hidden_layers, total)
+        whole = lvlm_flops(config, total, round(text)).total
+        flops = lvlm_flops(config, total if counts else round(kept), round(text), counts).total + cell.selector_flops
         return {
             "method": method.name,
             "budget": method.budget,

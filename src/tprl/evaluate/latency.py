@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from statistics import median
 from typing import Any, cast
@@ -11,8 +12,9 @@ from transformers import BatchFeature
 
 from tprl.data.sample import Sample, Source
 from tprl.evaluate.methods import Method
+from tprl.lvlm.in_model import dropping
 from tprl.lvlm.model import Lvlm
-from tprl.lvlm.prune import prune
+from tprl.lvlm.prune import Selects, prune
 
 
 @dataclass(frozen=True)
@@ -38,6 +40,26 @@ def prompt_inputs(lvlm: Lvlm, source: Source, sample: Sample) -> BatchFeature:
     return cast(BatchFeature, inputs.to(lvlm.device, lvlm.model.dtype))
 
 
+def pruned_model(lvlm: Lvlm, method: Method, inputs: BatchFeature) -> AbstractContextManager[object]:
+    """A context in which the model itself prunes as ``method`` says, for a prompt of batch 1 and its answer."""
+    if method.within is None:
+        return prune(
+            lvlm.model,
+            cast(Selects, method.selector),
+            budget=method.budget,
+            threshold=method.threshold,
+            template_ids=lvlm.template_ids,
+        )
+    ids = inputs["input_ids"]
+    return dropping(
+        cast(Any, lvlm.model).get_decoder(),
+        method.within.method,
+        visual=ids == lvlm.model.config.image_token_id,
+        last=torch.tensor([ids.shape[1] - 1], device=ids.device),
+        budgets=torch.tensor([method.within.budget], device=ids.device),
+    )
+
+
 @torch.no_grad()
 def measure_prefill(lvlm: Lvlm, method: Method, inputs: Sequence[BatchFeature]) -> Prefill:
     """Prefills of the same inputs with and without pruning, taking turns so that both meet the same machine; the
@@ -49,13 +71,7 @@ def measure_prefill(lvlm: Lvlm, method: Method, inputs: Sequence[BatchFeature]) 
     pruned, unpruned = [], []
     for prompt in inputs:
         unpruned.append(_prefill_ms(lvlm, prompt))
-        with prune(
-            lvlm.model,
-            method.selector,
-            budget=method.budget,
-            threshold=method.threshold,
-            template_ids=lvlm.template_ids,
-        ):
+        with pruned_model(lvlm, method, prompt):
             pruned.append(_prefill_ms(lvlm, prompt))
     return Prefill(median(pruned[1:]), median(unpruned[1:]))
 

@@ -1,17 +1,22 @@
 """What a table compares: TPRL and its peers, each made ready to choose tokens under a budget."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import cast
 
 import torch
+from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from tprl.evaluate.flops import module_flops
+from tprl.lvlm.cache import EncodedSamples
+from tprl.lvlm.score import Within
 from tprl.pruner import TokenPruner
-from tprl.selectors import SELECTORS, Selector, make_selector
+from tprl.selectors import IN_MODEL, SELECTORS, InModel, Selector, make_selector
+from tprl.selectors.in_model import LayerView, Stage
 from tprl.types import Selection, VisualTokens
 
-METHODS = (TokenPruner.name, *SELECTORS)
+METHODS = (TokenPruner.name, *SELECTORS, *IN_MODEL)
 """Every method that can be named."""
 
 QUESTION_BLIND = frozenset({"uniform", "fastervlm", "visionzip", "vispruner", "prumerge+", "divprune"})
@@ -24,35 +29,93 @@ class Method:
 
     Attributes:
         name: one of ``METHODS``.
-        selector: what chooses.
+        selector: what chooses, between projector and language model; None where ``in_model`` does, inside the latter.
         budget: tokens to keep; None keeps by ``threshold``.
         threshold: keep probability above which tokens stay.
     """
 
     name: str
-    selector: Selector
+    selector: Selector | None
     budget: int | None
     threshold: float | None = None
+    in_model: InModel | None = None
 
     @property
     def label(self) -> str:
         """As files and tables call it: "tprl-64" or "tprl-threshold"."""
         return f"{self.name}-{'threshold' if self.budget is None else self.budget}"
 
+    @property
+    def pruner(self) -> TokenPruner | None:
+        return self.selector if isinstance(self.selector, TokenPruner) else None
+
+    @property
+    def needs(self) -> frozenset[str]:
+        """Signals that it needs besides the tokens."""
+        return self.selector.needs if self.selector else frozenset()
+
+    @property
+    def within(self) -> Within | None:
+        """What it does inside the language model."""
+        if self.in_model is None:
+            return None
+        assert self.budget is not None
+        return Within(self.in_model, self.budget)
+
     def select(self, visual: VisualTokens) -> Selection:
-        """What it keeps of a batch."""
+        """What it lets into the language model of a batch."""
+        if self.selector is None:
+            return Selection(visual.mask)
         if self.budget is None:
-            assert isinstance(self.selector, TokenPruner)
-            return self.selector.select_above(visual, self.threshold)
+            assert self.pruner is not None
+            return self.pruner.select_above(visual, self.threshold)
         return self.selector.select(visual, torch.full_like(visual.mask.sum(1), self.budget))
 
-    def flops(self, visual: VisualTokens) -> int:
-        """FLOPs of choosing in ``visual``: matrix products, as ``tprl.evaluate.flops`` counts them."""
-        if isinstance(self.selector, TokenPruner):
-            return module_flops(self.selector, visual, method="keep_probs")
+    def layer_counts(self, layers: int, visual_tokens: int) -> list[int] | None:
+        """The visual tokens that each decoder layer sees of a picture; None where all see those of ``select``."""
+        if self.in_model is None:
+            return None
+        assert self.budget is not None
+        return self.in_model.layer_counts(layers, visual_tokens, self.budget)
+
+
+@dataclass
+class Counted:
+    """A method inside the language model, counting the FLOPs of its choices: matrix products."""
+
+    method: InModel
+    flops: int = 0
+    name: str = field(default="counted", init=False)
+
+    def stages(self, layers: int) -> list[Stage]:
+        return self.method.stages(layers)
+
+    def stage_budgets(self, visual_tokens: Tensor, budget: Tensor) -> list[Tensor]:
+        return self.method.stage_budgets(visual_tokens, budget)
+
+    def layer_counts(self, layers: int, visual_tokens: int, budget: int) -> list[int]:
+        return self.method.layer_counts(layers, visual_tokens, budget)
+
+    def select(self, stage: int, view: LayerView, budget: Tensor) -> Selection:
         with FlopCounterMode(display=False) as counter:
-            self.select(visual)
-        return int(counter.get_total_flops())
+            selection = self.method.select(stage, view, budget)
+        self.flops += counter.get_total_flops()
+        return selection
+
+
+def choice_flops(method: Method, encoded: EncodedSamples, index: int) -> int:
+    """FLOPs of what ``method`` does to choose tokens for one sample: matrix products, as ``tprl.evaluate.flops``
+    counts them."""
+    visual = encoded.visual([index])
+    if method.pruner is not None:
+        return module_flops(method.pruner, visual, method="keep_probs")
+    if method.within is not None:
+        counted = Counted(method.within.method)
+        encoded.score([index], visual.tokens, visual.mask, Within(counted, method.within.budget))
+        return counted.flops
+    with FlopCounterMode(display=False) as counter:
+        method.select(visual)
+    return int(counter.get_total_flops())
 
 
 def check_names(names: Sequence[str]) -> None:
@@ -87,8 +150,11 @@ def make_methods(
         raise ValueError(f"threshold must lie in [0, 1], got {threshold}")
     methods = []
     for name in names:
-        if name != TokenPruner.name:
-            methods += [Method(name, make_selector(name, seed), budget) for budget in budgets]
+        if name in IN_MODEL:
+            methods += [Method(name, None, budget, in_model=IN_MODEL[name]()) for budget in budgets]
+            continue
+        if name in SELECTORS:
+            methods += [Method(name, cast(Selector, make_selector(name, seed)), budget) for budget in budgets]
             continue
         if pruner is None:
             raise ValueError(f"the method {name!r} needs a pruner")

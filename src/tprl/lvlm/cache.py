@@ -20,7 +20,7 @@ from tprl.checkpoint import load_checkpoint, save_checkpoint, save_tensors
 from tprl.data.sample import Sample, Source
 from tprl.lvlm.model import ImageFeatures, Lvlm
 from tprl.lvlm.packing import Block
-from tprl.lvlm.score import AnswerScorer, AnswerScores
+from tprl.lvlm.score import AnswerScorer, AnswerScores, Within
 from tprl.progress import track
 from tprl.scoring import score
 from tprl.types import VisualTokens
@@ -96,11 +96,15 @@ class EncodedSamples:
             self._blocks[index] = Block(whole, len(prompt))
         return self._blocks[index]
 
-    def score(self, indices: Sequence[int], tokens: Tensor, keep_mask: Tensor) -> AnswerScores:
+    def score(
+        self, indices: Sequence[int], tokens: Tensor, keep_mask: Tensor, within: Within | None = None
+    ) -> AnswerScores:
         """Scores of the reference answers of samples ``indices`` from the kept tokens, one row each."""
-        return self.scorer.score(tokens, keep_mask, [[self.block(i)] for i in indices])
+        return self.scorer.score(tokens, keep_mask, [[self.block(i)] for i in indices], within)
 
-    def accuracy(self, indices: Sequence[int], tokens: Tensor, keep_mask: Tensor) -> Tensor:
+    def accuracy(
+        self, indices: Sequence[int], tokens: Tensor, keep_mask: Tensor, within: Within | None = None
+    ) -> Tensor:
         """How right the greedy answers to samples ``indices`` are, one row each.
 
         Where one text is accepted, 1 exactly if greedy decoding yields it, which one teacher-forced pass tells. Boxes
@@ -109,6 +113,7 @@ class EncodedSamples:
         Args:
             tokens: ``(B, N, D)``.
             keep_mask: bool ``(B, N)``.
+            within: drops more tokens inside the language model.
 
         Returns:
             float32 ``(B,)`` in [0, 1].
@@ -117,10 +122,10 @@ class EncodedSamples:
         told = torch.tensor([self._one_text(i) for i in indices], dtype=torch.bool, device=keep_mask.device)
         if bool(told.any()):
             rows = [[self.block(i)] for i in indices if self._one_text(i)]
-            result[told.cpu()] = self.scorer.score(tokens[told], keep_mask[told], rows).correct.float()
+            result[told.cpu()] = self.scorer.score(tokens[told], keep_mask[told], rows, within).correct.float()
         asked = [i for i in indices if not self._one_text(i)]
         if asked:
-            answers = self.answers(asked, tokens[~told], keep_mask[~told])
+            answers = self.answers(asked, tokens[~told], keep_mask[~told], within)
             scores = [score(self.samples[i], answer) for i, answer in zip(asked, answers, strict=True)]
             result[~told.cpu()] = torch.tensor(scores)
         return result
@@ -150,11 +155,13 @@ class EncodedSamples:
             indices, result = indices + [i for _, i in asked], torch.cat([result, generated])
         return indices, result
 
-    def answers(self, indices: Sequence[int], tokens: Tensor, keep_mask: Tensor) -> list[str]:
+    def answers(
+        self, indices: Sequence[int], tokens: Tensor, keep_mask: Tensor, within: Within | None = None
+    ) -> list[str]:
         """The greedy answers to samples ``indices`` as texts, one row each; arguments as for ``accuracy``."""
         blocks = [self.block(i) for i in indices]
         prompts = [block.ids[: block.answer_start] for block in blocks]
-        ids = self.scorer.generate(tokens, keep_mask, prompts, blocks[0].ids[-1], ANSWER_LIMIT)
+        ids = self.scorer.generate(tokens, keep_mask, prompts, blocks[0].ids[-1], ANSWER_LIMIT, within)
         tokenizer = cast(Any, self.lvlm.processor).tokenizer
         return [tokenizer.decode(answer, skip_special_tokens=True) for answer in ids]
 

@@ -4,13 +4,17 @@ Where an answer has one accepted text, greedy generation yields it exactly when 
 one under teacher forcing, so accuracy needs no generation token by token.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, fields, replace
 
 import torch
 from torch import Tensor, nn
 from transformers import DynamicCache, PreTrainedModel
 
+from tprl.lvlm.in_model import dropping
 from tprl.lvlm.packing import IGNORE, Block, Packed, kept_indices, pack
+from tprl.selectors import InModel
 
 
 @dataclass(frozen=True)
@@ -24,6 +28,14 @@ class AnswerScores:
 
     log_prob: Tensor
     correct: Tensor
+
+
+@dataclass(frozen=True)
+class Within:
+    """A method that drops visual tokens inside the language model, and the budget that it works to."""
+
+    method: InModel
+    budget: int
 
 
 class AnswerScorer:
@@ -42,26 +54,38 @@ class AnswerScorer:
         self.language, self.head, self.before, self.tokens_per_pass = language, head, before, tokens_per_pass
 
     @torch.no_grad()
-    def score(self, tokens: Tensor, keep_mask: Tensor, rows: list[list[Block]]) -> AnswerScores:
+    def score(
+        self, tokens: Tensor, keep_mask: Tensor, rows: list[list[Block]], within: Within | None = None
+    ) -> AnswerScores:
         """Score every block of every row, in reading order.
 
         Args:
             tokens: visual tokens ``(B, N, D)``; an expanded view will do for a shared picture.
             keep_mask: bool ``(B, N)``.
             rows: the questions about each row's kept tokens, each with its answer.
+            within: drops more of them inside the language model; then a row holds one question.
+
+        Raises:
+            ValueError: ``within`` is given and a row holds several questions.
         """
         firsts = torch.tensor([0, *(len(blocks) for blocks in rows)]).cumsum(0)
         log_prob, correct = torch.zeros(int(firsts[-1])), torch.zeros(int(firsts[-1]), dtype=torch.bool)
         for chosen in self._passes(keep_mask, rows):
             chosen_rows = [rows[i] for i in chosen]
-            scores = self._pass(tokens[chosen], keep_mask[chosen], chosen_rows)
+            scores = self._pass(tokens[chosen], keep_mask[chosen], chosen_rows, within)
             at = torch.cat([torch.arange(int(firsts[i]), int(firsts[i + 1])) for i in chosen])
             log_prob[at], correct[at] = scores.log_prob, scores.correct
         return AnswerScores(log_prob, correct)
 
     @torch.no_grad()
     def generate(
-        self, tokens: Tensor, keep_mask: Tensor, prompts: list[list[int]], end: int, limit: int
+        self,
+        tokens: Tensor,
+        keep_mask: Tensor,
+        prompts: list[list[int]],
+        end: int,
+        limit: int,
+        within: Within | None = None,
     ) -> list[list[int]]:
         """Greedy answers, ``limit`` tokens at most, without the ``end`` token that closes them.
 
@@ -69,11 +93,13 @@ class AnswerScorer:
             tokens: ``(B, N, D)``.
             keep_mask: bool ``(B, N)``.
             prompts: token ids after the picture, up to where the answer begins.
+            within: drops more visual tokens inside the language model.
         """
         answers: list[list[int]] = [[] for _ in prompts]
         rows = [[Block(prompt, len(prompt))] for prompt in prompts]
         for chosen in self._passes(keep_mask, rows):
-            texts = self._greedy(tokens[chosen], keep_mask[chosen], [rows[i] for i in chosen], end, limit)
+            chosen_rows = [rows[i] for i in chosen]
+            texts = self._greedy(tokens[chosen], keep_mask[chosen], chosen_rows, end, limit, within)
             for i, answer in zip(chosen, texts, strict=True):
                 answers[i] = answer[: answer.index(end)] if end in answer else answer
         return answers
@@ -102,11 +128,30 @@ class AnswerScorer:
         embeds = torch.cat([embeds[:, : packed.visual.start], visual, embeds[:, packed.visual.stop :]], 1)
         return packed, embeds
 
-    def _pass(self, tokens: Tensor, keep_mask: Tensor, rows: list[list[Block]]) -> AnswerScores:
+    @contextmanager
+    def _dropping(
+        self, within: Within | None, packed: Packed, keep_mask: Tensor, rows: list[list[Block]]
+    ) -> Iterator[None]:
+        """While it is open, the language model prunes the batch as ``within`` says."""
+        if within is None:
+            yield
+            return
+        if any(len(blocks) != 1 for blocks in rows):
+            raise ValueError(f"{within.method.name} prunes for one question a row, got {[len(b) for b in rows]}")
+        visual = torch.zeros_like(packed.ids, dtype=torch.bool)
+        visual[:, packed.visual] = kept_indices(keep_mask)[1]
+        last = [packed.visual.stop + blocks[0].answer_start - 1 for blocks in rows]
+        places = torch.tensor(last, device=visual.device)
+        budgets = torch.full_like(places, within.budget)
+        with dropping(self.language, within.method, visual=visual, last=places, budgets=budgets):
+            yield
+
+    def _pass(self, tokens: Tensor, keep_mask: Tensor, rows: list[list[Block]], within: Within | None) -> AnswerScores:
         packed, embeds = self._embed(tokens, keep_mask, rows)
-        hidden = self.language(
-            inputs_embeds=embeds, position_ids=packed.positions, attention_mask=packed.mask, use_cache=False
-        ).last_hidden_state
+        with self._dropping(within, packed, keep_mask, rows):
+            hidden = self.language(
+                inputs_embeds=embeds, position_ids=packed.positions, attention_mask=packed.mask, use_cache=False
+            ).last_hidden_state
         places = packed.targets != IGNORE
         logits = self.head(hidden[places]).float()
         targets, owners = packed.targets[places], packed.owners[places].cpu()
@@ -117,36 +162,40 @@ class AnswerScorer:
         return AnswerScores(empty.index_add(0, owners, log_probs) / lengths, empty.index_add(0, owners, wrong) == 0)
 
     def _greedy(
-        self, tokens: Tensor, keep_mask: Tensor, rows: list[list[Block]], end: int, limit: int
+        self,
+        tokens: Tensor,
+        keep_mask: Tensor,
+        rows: list[list[Block]],
+        end: int,
+        limit: int,
+        within: Within | None,
     ) -> list[list[int]]:
         packed, embeds = self._embed(tokens, keep_mask, rows)
-        lengths = torch.tensor([len(blocks[0].ids) for blocks in rows], device=embeds.device)
-        last = packed.visual.stop + lengths - 1
         row = torch.arange(len(rows), device=embeds.device)
+        last = packed.visual.stop + torch.tensor([len(blocks[0].ids) for blocks in rows], device=embeds.device) - 1
         cache = DynamicCache()
-        hidden = self.language(
-            inputs_embeds=embeds,
-            position_ids=packed.positions,
-            attention_mask=packed.mask,
-            past_key_values=cache,
-            use_cache=True,
-        ).last_hidden_state
-        visible = packed.mask[row, 0, last]
-        position = packed.positions[row, last]
-        chosen = self.head(hidden[row, last]).argmax(1)
-        answers = [chosen]
-        ended = chosen == end
-        while len(answers) < limit and not bool(ended.all()):
-            visible = nn.functional.pad(visible, (0, 1), value=True)
-            position = position + 1
+        with self._dropping(within, packed, keep_mask, rows):
             hidden = self.language(
-                input_ids=chosen[:, None],
-                position_ids=position[:, None],
-                attention_mask=visible[:, None, None],
+                inputs_embeds=embeds,
+                position_ids=packed.positions,
+                attention_mask=packed.mask,
                 past_key_values=cache,
                 use_cache=True,
             ).last_hidden_state
-            chosen = self.head(hidden[:, 0]).argmax(1)
-            answers.append(chosen)
-            ended |= chosen == end
+            visible, position = packed.mask[row, 0, last], packed.positions[row, last]
+            chosen = self.head(hidden[row, last]).argmax(1)
+            answers, ended = [chosen], chosen == end
+            while len(answers) < limit and not bool(ended.all()):
+                visible = nn.functional.pad(visible, (0, 1), value=True)
+                position = position + 1
+                hidden = self.language(
+                    input_ids=chosen[:, None],
+                    position_ids=position[:, None],
+                    attention_mask=visible[:, None, None],
+                    past_key_values=cache,
+                    use_cache=True,
+                ).last_hidden_state
+                chosen = self.head(hidden[:, 0]).argmax(1)
+                answers.append(chosen)
+                ended |= chosen == end
         return torch.stack(answers, 1).tolist()

@@ -1,0 +1,56 @@
+"""``tprl benchmark``: the headline run, every method under every budget on several sets of questions."""
+
+from pathlib import Path
+
+from tprl.commands.evaluate import CACHE, evaluate, parse_names
+from tprl.evaluate.methods import METHODS
+
+
+def benchmark(
+    out: Path,
+    *,
+    data: str = "scenes,easy-vqa",
+    split: str = "test",
+    n: int = 2000,
+    budgets: str = "192,128,64,32,16",
+    methods: str = ",".join(METHODS),
+    model: str = "pocket-llava",
+    pruner: Path | None = None,
+    threshold: float | None = None,
+    seed: int = 0,
+    dtype: str = "auto",
+    device: str = "cpu",
+    cache: Path = CACHE,
+    resume: bool = False,
+    overwrite: bool = False,
+) -> None:
+    """Run ``tprl evaluate`` on each set of questions; a killed run goes on with --resume, cell by cell.
+
+    Args:
+        out: folder for the results, one folder a set in it.
+        data: comma-separated: "scenes", "easy-vqa", .jsonl files.
+        split: "train", "val" or "test".
+        n: number of questions of each set.
+        budgets: visual tokens to keep, comma-separated.
+        methods: comma-separated; all unless given.
+        model: "pocket-llava", or a folder or Hub id of a model.
+        pruner: folder of the pruner that "tprl" stands for; the shipped one unless given.
+        threshold: keep probability of the row without budget; the pruner's calibrated one unless given.
+        seed: of random methods and of the confidence intervals.
+        dtype: "auto", "float32" or "bfloat16".
+        device: "cpu" or "cuda".
+        cache: folder where encoded pictures are kept between runs.
+        resume: go on with an interrupted run.
+        overwrite: throw away what the folder holds.
+    """
+    sets = {Path(name).stem: name for name in parse_names(data)}
+    if len(sets) < len(parse_names(data)):
+        raise ValueError(f"the sets {data} need different file names, since each gets a folder of that name")
+    if out.exists() and not (resume or overwrite):
+        raise ValueError(f"{out} exists; --resume goes on with it, --overwrite throws its results away")
+    for folder, name in sets.items():
+        evaluate(
+            out / folder, data=name, split=split, n=n, budgets=budgets, methods=methods, model=model, pruner=pruner,
+            threshold=threshold, seed=seed, dtype=dtype, device=device, cache=cache, resume=resume,
+            overwrite=overwrite,
+        )  # fmt: skip

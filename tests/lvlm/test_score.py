@@ -1,0 +1,121 @@
+"""The batched answer scorer against one plain forward pass or one ``generate`` a question."""
+
+import pytest
+import torch
+from torch import Tensor
+
+from evaluate.world import END, QUESTIONS, TEXTS, tiny_lvlm
+from tprl.lvlm.in_model import dropping
+from tprl.lvlm.model import Lvlm
+from tprl.lvlm.packing import Block
+from tprl.lvlm.score import AnswerScorer, Within
+from tprl.selectors import IN_MODEL
+
+
+@pytest.fixture(scope="module")
+def lvlm() -> Lvlm:
+    return tiny_lvlm()
+
+
+@pytest.fixture(scope="module")
+def scorer(lvlm: Lvlm) -> AnswerScorer:
+    return AnswerScorer(lvlm.model.model.language_model, lvlm.model.lm_head, lvlm.prompt_ids("?")[0], 100)
+
+
+def block(lvlm: Lvlm, number: int) -> Block:
+    question, answer = QUESTIONS[number % 4], " ".join([TEXTS[number % 4]] * (1 + number % 3))
+    return Block(lvlm.prompt_ids(question, answer)[1], len(lvlm.prompt_ids(question)[1]))
+
+
+@pytest.fixture(scope="module")
+def tokens() -> Tensor:
+    return torch.randn(6, 16, 16, generator=torch.Generator().manual_seed(0))
+
+
+@pytest.fixture(scope="module")
+def keep() -> Tensor:
+    return torch.rand(6, 16, generator=torch.Generator().manual_seed(1)) < torch.linspace(0.1, 1, 6)[:, None]
+
+
+def prefix(scorer: AnswerScorer, tokens: Tensor, keep: Tensor, ids: list[int]) -> tuple[Tensor, Tensor]:
+    """Embeddings ``(1, L, D)`` and positions ``(1, L)`` of one question, written out."""
+    embed = scorer.language.get_input_embeddings()
+    before, after = embed(torch.tensor(scorer.before)), embed(torch.tensor(ids))
+    places = [*range(len(before)), *(len(before) + i for i in range(16) if keep[i])]
+    places += [len(before) + 16 + i for i in range(len(ids))]
+    return torch.cat([before, tokens[keep], after])[None], torch.tensor([places])
+
+
+@torch.no_grad()
+def test_score_is_that_of_one_forward_a_question(
+    lvlm: Lvlm, scorer: AnswerScorer, tokens: Tensor, keep: Tensor
+) -> None:
+    rows = [[block(lvlm, 3 * row + i) for i in range(1 + row % 3)] for row in range(6)]
+    scores = scorer.score(tokens, keep, rows)
+    wanted, correct = [], []
+    for row, blocks in enumerate(rows):
+        for part in blocks:
+            embeds, positions = prefix(scorer, tokens[row], keep[row], part.ids)
+            logits = lvlm.model.lm_head(scorer.language(inputs_embeds=embeds, position_ids=positions)[0])[0]
+            start = len(logits) - len(part.ids) + part.answer_start
+            answer = torch.tensor(part.ids[part.answer_start :])
+            predicted = logits[start - 1 : -1]
+            wanted.append(predicted.log_softmax(-1)[range(len(answer)), answer].mean())
+            correct.append(bool((predicted.argmax(-1) == answer).all()))
+    torch.testing.assert_close(scores.log_prob, torch.stack(wanted), rtol=1e-4, atol=1e-4)
+    assert scores.correct.tolist() == correct
+
+
+@torch.no_grad()
+def test_generate_is_greedy_one_question_at_a_time(
+    lvlm: Lvlm, scorer: AnswerScorer, tokens: Tensor, keep: Tensor
+) -> None:
+    """Compared without a cache, and cut at an end token that most answers do not reach."""
+    prompts = [lvlm.prompt_ids(QUESTIONS[row % 4])[1] for row in range(6)]
+    for end in (END, 40):
+        wanted = []
+        for row, prompt in enumerate(prompts):
+            answer: list[int] = []
+            while len(answer) < 4 and end not in answer:
+                embeds, positions = prefix(scorer, tokens[row], keep[row], prompt + answer)
+                hidden = scorer.language(inputs_embeds=embeds, position_ids=positions)[0]
+                answer.append(int(lvlm.model.lm_head(hidden)[0, -1].argmax()))
+            wanted.append([token for token in answer if token != end])
+        assert scorer.generate(tokens, keep, prompts, end, 4) == wanted
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", IN_MODEL)
+def test_methods_inside_the_model_prune_each_row_as_alone(
+    lvlm: Lvlm, scorer: AnswerScorer, tokens: Tensor, name: str
+) -> None:
+    method, everything = IN_MODEL[name](), torch.ones(6, 16, dtype=torch.bool)
+    blocks = [block(lvlm, row) for row in range(6)]
+    scores = scorer.score(tokens, everything, [[part] for part in blocks], Within(method, 4))
+    prompts = [part.ids[: part.answer_start] for part in blocks]
+    answers = scorer.generate(tokens, everything, prompts, 40, 3, Within(method, 4))
+    for row, part in enumerate(blocks):
+        embeds, positions = prefix(scorer, tokens[row], everything[row], part.ids)
+        visual = torch.zeros(1, embeds.shape[1], dtype=torch.bool)
+        visual[:, len(scorer.before) : len(scorer.before) + 16] = True
+        last = torch.tensor([len(scorer.before) + 16 + part.answer_start - 1])
+        with dropping(scorer.language, method, visual=visual, last=last, budgets=torch.tensor([4])):
+            logits = lvlm.model.lm_head(scorer.language(inputs_embeds=embeds, position_ids=positions)[0])[0]
+        answer = torch.tensor(part.ids[part.answer_start :])
+        predicted = logits[int(last) : -1]
+        log_prob = predicted.log_softmax(-1)[range(len(answer)), answer].mean()
+        torch.testing.assert_close(scores.log_prob[row], log_prob, rtol=1e-4, atol=1e-4)
+        assert answers[row][0] == int(predicted[0].argmax())
+    with pytest.raises(ValueError, match="prunes for one question a row"):
+        scorer.score(tokens, everything, [blocks[:2]] * 6, Within(method, 4))
+
+
+def test_passes_hold_no_more_than_asked_and_little_padding(lvlm: Lvlm, scorer: AnswerScorer) -> None:
+    keep = torch.arange(16).expand(40, -1) < torch.arange(40)[:, None] % 17
+    rows = [[block(lvlm, row)] for row in range(40)]
+    passes = scorer._passes(keep, rows)
+    assert sorted(row for chosen in passes for row in chosen) == list(range(40))
+    for chosen in passes:
+        lengths = [1 + int(keep[row].sum()) + len(rows[row][0].ids) for row in chosen]
+        assert len(chosen) == 1 or len(chosen) * max(lengths) <= 100
+        assert 2 * min(lengths) >= max(lengths)

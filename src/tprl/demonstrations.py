@@ -7,22 +7,39 @@ arXiv 2603.13394, section on learning from demonstrations; keeping only what the
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 from torch import Tensor
 
 from tprl.env import PruningEnv, Score, Trajectory
 from tprl.rewards import discounted_returns
-from tprl.selectors import Selector
+from tprl.selectors import SELECTORS, Selector, make_selector
+from tprl.selectors.attention import TextAttention
 from tprl.types import VisualTokens
 
 
 @dataclass(frozen=True)
 class Demonstrations:
-    """The best trajectory of every sample of a batch, and the index of the teacher it comes from, int64 ``(B,)``."""
+    """The best trajectory of every sample of a batch, its return ``(B,)``, and the index of the teacher it comes from,
+    int64 ``(B,)``."""
 
     trajectory: Trajectory
+    returns: Tensor
     teacher: Tensor
+
+
+def make_teacher(name: str, seed: int) -> Selector:
+    """A demonstrator by name: any selector, or "text-attention".
+
+    Raises:
+        ValueError: nothing that can demonstrate has that name.
+    """
+    if name == TextAttention.name:
+        return TextAttention()
+    if name not in SELECTORS:
+        raise ValueError(f"unknown teacher {name!r}; known: {', '.join([TextAttention.name, *SELECTORS])}")
+    return cast(Selector, make_selector(name, seed))
 
 
 def nested_masks(teacher: Selector, visual: VisualTokens, budgets: Sequence[int]) -> Tensor:
@@ -67,4 +84,6 @@ def demonstrate(
     def pick(name: str) -> Tensor:
         return torch.stack([getattr(t, name) for t in trajectories])[best, rows]
 
-    return Demonstrations(Trajectory(pick("states"), pick("actions"), pick("rewards"), pick("scores")), best)
+    return Demonstrations(
+        Trajectory(pick("states"), pick("actions"), pick("rewards"), pick("scores")), returns[best, rows], best
+    )

@@ -48,3 +48,16 @@ def discounted_returns(rewards: Tensor, gamma: float) -> Tensor:
         total = reward + gamma * total
         returns.append(total)
     return torch.stack(returns[::-1], -1)
+
+
+def generalised_advantages(rewards: Tensor, values: Tensor, gamma: float, gae_lambda: float) -> Tensor:
+    """Generalised advantage estimation (arXiv 1506.02438, eq. 16); the value behind the last step is 0.
+
+    ``A_t = delta_t + gamma lambda A_{t+1}`` with ``delta_t = r_t + gamma V_{t+1} - V_t``.
+
+    Args:
+        rewards: ``(B, T)``.
+        values: ``(B, T)``, of the states before each step.
+    """
+    after = torch.cat([values[:, 1:], torch.zeros_like(values[:, :1])], 1)
+    return discounted_returns(rewards + gamma * after - values, gamma * gae_lambda)

@@ -154,7 +154,9 @@ def fit(run: RunFolder, stage: Stage, save_every: int) -> None:
             if stopped or (step + 1) % save_every == 0 or step + 1 == stage.steps:
                 run.save(stage.name, step + 1, stage.module, stage.optimizer)
             if stopped:
-                print(f"stopped and saved after update {step + 1} of {stage.name}; go on with --resume", file=sys.stderr)
+                print(
+                    f"stopped and saved after update {step + 1} of {stage.name}; go on with --resume", file=sys.stderr
+                )
                 raise SystemExit(128 + stopped[0])
 
 

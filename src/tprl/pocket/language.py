@@ -72,7 +72,7 @@ class Phase:
 
 _EVEN = dict.fromkeys((*FAMILIES, DESCRIBE), 1.0)
 _LOOKUPS = {"existence": 1.0, "describe": 4.0, "attribute": 2.0, "position": 1.0, "reverse": 1.0}
-_HARD = _EVEN | {"existence": 0.5, "position": 0.5, "reading": 2.0, "reverse": 2.0, "relation": 2.0, "describe": 3.0}
+_HARD = _EVEN | {"existence": 0.5, "position": 0.5, "reading": 2.0, "reverse": 2.0, "relation": 2.0, "describe": 5.0}
 CURRICULUM = (
     Phase(100, 6, {"existence": 1.0}, (0.0, 0.0)),
     Phase(300, 6, _LOOKUPS, (1.0, 1.0)),

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
-from tprl.data.scenes import COLOURS, KINDS, Scene, ask
+from tprl.data.scenes import COLOURS, DIRECTIONS, KINDS, Scene, ask
 from tprl.lvlm.packing import Block
 
 
@@ -72,16 +72,21 @@ DESCRIBE = "describe"
 
 
 def describe(scene: Scene, rng: np.random.Generator) -> tuple[str, str] | None:
-    """A ``DESCRIBE`` question about a thing that is alone of its kind, and its answer."""
-    if not scene.singles:
+    """A ``DESCRIBE`` question about a thing, named by its kind or by its card, and its answer."""
+    carded = [thing for thing in scene.things if thing.card]
+    by_card = bool(carded) and rng.random() < 0.5
+    things = carded if by_card else scene.singles
+    if not things:
         return None
-    thing = scene.singles[int(rng.integers(len(scene.singles)))]
-    near = scene.nearest(thing)
-    facts = [
-        thing.card.colour if thing.card else "none",
-        str(thing.card.number) if thing.card and thing.card.number is not None else "none",
-        thing.third(0) or "none",
-        thing.third(1) or "none",
-        near.kind if near else "none",
-    ]
-    return f"Describe the {thing.kind}.", " ".join(facts)
+    thing = things[int(rng.integers(len(things)))]
+    facts = [thing.kind] if by_card else []
+    if thing.card:
+        facts += [] if by_card else [thing.card.colour]
+        facts += [] if thing.card.number is None else [str(thing.card.number)]
+    facts += [place for place in (thing.third(0), thing.third(1)) if place]
+    facts += [f"near {near.kind}" for near in [scene.nearest(thing)] if near]
+    for phrase, direction in DIRECTIONS.items():
+        found = scene.nearest(thing, direction)
+        facts += [f"{phrase} {found.kind}"] if found else []
+    named = f"what lies on the {thing.card.colour} card" if by_card and thing.card else f"the {thing.kind}"
+    return f"Describe {named}.", ", ".join(facts)

@@ -21,6 +21,21 @@ class FasterVLM:
         return Selection(top(visual.signals["cls_attention"], visual.mask, budget))
 
 
+class TextAttention:
+    """The tokens that the question's last token attends to in the middle of the language model.
+
+    What SparseVLM, PyramidDrop and their like look at (arXiv 2410.04417, 2410.17247), without their detours. It costs
+    an unpruned prefill, so it serves as a demonstrator.
+    """
+
+    name = "text-attention"
+    needs = frozenset({"text_attention"})
+
+    def select(self, visual: VisualTokens, budget: Tensor) -> Selection:
+        check(self, visual, budget)
+        return Selection(top(visual.signals["text_attention"], visual.mask, budget))
+
+
 class VisionZip:
     """Dominant tokens by [CLS] attention, contextual ones that absorb the rest (VisionZip, arXiv 2412.04467).
 

@@ -1,0 +1,191 @@
+"""Stage 2: learning from demonstrations (TPRL, arXiv 2603.13394).
+
+Deviation from the paper. There the policy imitates each step's action. Inference is one-shot, however, and ranks the
+tokens of the *first* state, which by the first step alone would tell 128 tokens from 448 and nothing more. So the
+target of a token in state t is the share of the steps from t on that it survives, and its binary cross-entropy makes
+the keep probability just that: one look ranks tokens by how long they would be kept.
+"""
+
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from tprl.checkpoint import DamagedCheckpoint, load_checkpoint, save_checkpoint
+from tprl.config import TrainConfig
+from tprl.demonstrations import demonstrate, make_teacher
+from tprl.env import Score
+from tprl.lvlm.cache import EncodedSamples
+from tprl.lvlm.text_attention import text_attention
+from tprl.progress import track
+from tprl.pruner import TokenPruner
+from tprl.run import RunFolder, Stage
+from tprl.selectors import Selector
+from tprl.types import VisualTokens
+
+NAME = "imitate"
+SHARD = 64
+
+
+@dataclass(frozen=True)
+class DemonstrationSet:
+    """Demonstrations that the reward likes: bool ``states (M, T + 1, N)`` of samples ``indices (M,)``, and how often
+    each teacher was the best."""
+
+    indices: Tensor
+    states: Tensor
+    wins: dict[str, int]
+
+
+def collect_demonstrations(run: RunFolder, train: EncodedSamples, config: TrainConfig) -> DemonstrationSet:
+    """The best demonstration of each of the first samples of ``train``, from ``run`` where they are there already.
+
+    A demonstration whose return is not above 0 would teach to lose the answer, and is left out.
+    """
+    teachers = [make_teacher(name, config.seed) for name in config.imitate.teachers]
+    folder = run.folder / "demonstrations"
+    folder.mkdir(exist_ok=True)
+    count = min(config.imitate.demonstrations, len(train))
+    shards = []
+    for first in track(range(0, count, SHARD), "demonstrations"):
+        path = folder / f"{first:07d}.safetensors"
+        shard = _load(path)
+        if shard is None:
+            shard = _demonstrate(teachers, train, list(range(first, min(first + SHARD, count))), config)
+            save_checkpoint(path, shard, {})
+        shards.append(shard)
+    width = max(shard["states"].shape[-1] for shard in shards)
+    states = torch.cat([nn.functional.pad(shard["states"], (0, width - shard["states"].shape[-1])) for shard in shards])
+    returns = torch.cat([shard["returns"] for shard in shards])
+    winner = torch.cat([shard["teacher"] for shard in shards])
+    liked = returns > 0
+    wins = Counter(config.imitate.teachers[int(i)] for i in winner[liked])
+    return DemonstrationSet(liked.nonzero()[:, 0], states[liked].bool(), dict(wins))
+
+
+def imitate_stage(
+    pruner: TokenPruner, train: EncodedSamples, demonstrations: DemonstrationSet, config: TrainConfig
+) -> Stage:
+    """The stage: passes over the demonstrations in an order of the seed's."""
+    settings = config.imitate
+    steps = settings.epochs * max(1, len(demonstrations.indices) // settings.batch)
+    optimizer = torch.optim.AdamW(pruner.policy.parameters(), lr=settings.learning_rate, weight_decay=0.01)
+    return Stage(NAME, steps, pruner, optimizer, _update(pruner, optimizer, train, demonstrations, config, steps))
+
+
+def survival_targets(states: Tensor) -> Tensor:
+    """For states ``(B, T + 1, N)`` the share of the later states that hold each token, float ``(B, T, N)``."""
+    horizon = states.shape[1] - 1
+    later = states[:, 1:].float().flip(1).cumsum(1).flip(1)
+    return later / torch.arange(horizon, 0, -1)[None, :, None]
+
+
+def imitation_loss(logits: Tensor, target: Tensor, state: Tensor) -> Tensor:
+    """Binary cross-entropy over the tokens that a state holds, in nats a token."""
+    loss = nn.functional.binary_cross_entropy_with_logits(logits, target, reduction="none")
+    return (loss * state).sum() / state.sum()
+
+
+def _update(
+    pruner: TokenPruner,
+    optimizer: torch.optim.Optimizer,
+    train: EncodedSamples,
+    demonstrations: DemonstrationSet,
+    config: TrainConfig,
+    steps: int,
+) -> Callable[[int], dict[str, float]]:
+    settings = config.imitate
+    per_epoch = steps // settings.epochs
+
+    def update(step: int) -> dict[str, float]:
+        order = np.random.default_rng((config.seed, 2, step // per_epoch)).permutation(len(demonstrations.indices))
+        chosen = torch.from_numpy(order[step % per_epoch * settings.batch :][: settings.batch])
+        visual = train.visual(demonstrations.indices[chosen].tolist())
+        states = demonstrations.states[chosen][..., : visual.mask.shape[1]]
+        targets = survival_targets(states)
+        with torch.no_grad():
+            latents = pruner.encode(visual.tokens)
+        for group in optimizer.param_groups:
+            group["lr"] = settings.learning_rate * min(1.0, (step + 1) / 20) * (1 - 0.95 * step / steps)
+        losses = []
+        for t in range(targets.shape[1]):
+            logits = pruner.look(latents, visual, states[:, t]).logits
+            losses.append(imitation_loss(logits, targets[:, t], states[:, t]))
+        loss = torch.stack(losses).mean()
+        optimizer.zero_grad()
+        loss.backward()
+        norm = nn.utils.clip_grad_norm_(pruner.policy.parameters(), 1.0)
+        optimizer.step()
+        return {"loss": loss.item(), "first_step_loss": losses[0].item(), "grad_norm": norm.item()}
+
+    return update
+
+
+def score_function(data: EncodedSamples, indices: Sequence[int], tokens: Tensor, kind: str) -> Score:
+    """The environment's score of samples ``indices``, whose visual tokens are ``tokens (B, N, D)``.
+
+    Args:
+        kind: see ``PpoStage.score``. A log-likelihood is the mean over the answer's tokens, in nats.
+    """
+
+    def score(masks: Tensor) -> Tensor:
+        steps, batch, count = masks.shape
+        rows = list(indices) * steps
+        scores = data.score(rows, tokens.repeat(steps, 1, 1), masks.reshape(steps * batch, count))
+        return (scores.correct.float() if kind == "correct" else scores.log_prob).reshape(steps, batch)
+
+    return score
+
+
+def unpruned_scores(data: EncodedSamples, indices: Sequence[int], kind: str) -> Tensor:
+    """The same score of the whole input, ``(B,)``."""
+    return (data.unpruned.correct.float() if kind == "correct" else data.unpruned.log_prob)[list(indices)]
+
+
+def _demonstrate(
+    teachers: Sequence[Selector], train: EncodedSamples, indices: list[int], config: TrainConfig
+) -> dict[str, Tensor]:
+    visual = train.visual(indices)
+    if any("text_attention" in teacher.needs for teacher in teachers):
+        visual.signals["text_attention"] = _text_attention(train, indices, visual)
+    kind = config.ppo.score
+    best = demonstrate(
+        teachers,
+        visual,
+        config.imitate.budgets,
+        unpruned_scores(train, indices, kind),
+        score_function(train, indices, visual.tokens, kind),
+        config.ppo.alpha,
+        config.ppo.beta,
+        config.ppo.gamma,
+    )
+    return {"states": best.trajectory.states.to(torch.uint8), "teacher": best.teacher, "returns": best.returns}
+
+
+def _text_attention(train: EncodedSamples, indices: list[int], visual: VisualTokens) -> Tensor:
+    """The signal of a batch, questions on one picture together: ``(B, N)``."""
+    signal = torch.zeros(visual.mask.shape)
+    rows: dict[str, list[int]] = {}
+    for row, index in enumerate(indices):
+        rows.setdefault(train.samples[index].image_id, []).append(row)
+    for chosen in rows.values():
+        real = visual.mask[chosen[0]]
+        blocks = [train.block(indices[row]) for row in chosen]
+        seen = text_attention(train.scorer, visual.tokens[chosen[0]][real], blocks)
+        for row, attention in zip(chosen, seen, strict=True):
+            signal[row, real] = attention.cpu()
+    return signal
+
+
+def _load(path: Path) -> dict[str, Tensor] | None:
+    if not path.exists():
+        return None
+    try:
+        return load_checkpoint(path)[0]
+    except DamagedCheckpoint:
+        path.unlink()
+        return None

@@ -12,13 +12,13 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import wraps
 from types import MethodType, TracebackType
-from typing import Any, Literal, Protocol, cast
+from typing import Any, Literal, Protocol, Self, cast
 
 import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from transformers import Cache, PreTrainedModel
-from transformers.utils import ModelOutput
+from transformers.utils.generic import ModelOutput
 
 from tprl.lvlm.families import family_of
 from tprl.lvlm.model import ImageFeatures, collate, encode, split_pictures
@@ -96,34 +96,21 @@ class _Past:
     next_position: Tensor
 
 
-class Pruning:
-    """The state of a pruned model; ``prune`` makes it. As a context manager it un-prunes the model on leaving.
+class Handle:
+    """The state of a pruned model. As a context manager it un-prunes the model on leaving.
 
     Attributes:
         kept: what was kept in the last call that had pictures: for each sample, a ``Kept`` a picture.
-        cut: how that call's prompts were shortened; None if nothing was dropped. The logits of a direct ``forward``
-            are those of the short prompt, and ``cut.source (B, L')`` says which column each belongs to.
+        replacements: methods of the model and what stands in their place.
     """
 
-    def __init__(
-        self,
-        model: PreTrainedModel,
-        selector: Selects,
-        budget: int | None,
-        keep_ratio: float | None,
-        threshold: float | None,
-        positions: Positions,
-        template_ids: frozenset[int],
-    ) -> None:
+    def __init__(self, model: PreTrainedModel, replacements: Mapping[str, Callable[..., Any]]) -> None:
         self.kept: list[list[Kept]] = []
-        self.cut: Cut | None = None
-        self.selector, self.positions, self.template_ids = selector, positions, template_ids
-        self.budget, self.keep_ratio, self.threshold = budget, keep_ratio, threshold
-        self.replaced: dict[str, Any] = {name: model.__dict__[name] for name in _REPLACEMENTS if name in model.__dict__}
+        self.replacements = replacements
+        self.replaced: dict[str, Any] = {name: model.__dict__[name] for name in replacements if name in model.__dict__}
         self._model = model
-        self._generation: _Generation | None = None
 
-    def __enter__(self) -> "Pruning":
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(
@@ -137,11 +124,44 @@ class Pruning:
             return cast(Callable[..., Any], self.replaced[name])
         return cast(Callable[..., Any], MethodType(getattr(type(self._model), name), self._model))
 
+    def attach(self) -> None:
+        """Put the replacements in their places."""
+        for name, replacement in self.replacements.items():
+            method = MethodType(_with_signature(replacement, self.original(name)), self._model)
+            setattr(self._model, name, method)
+        setattr(self._model, HANDLE, self)
+
+
+class Pruning(Handle):
+    """The state of a model that prunes its prompts; ``prune`` makes it.
+
+    Attributes:
+        cut: how the prompts of the last call that had pictures were shortened; None if nothing was dropped. The logits
+            of a direct ``forward`` are those of the short prompt, and ``cut.source (B, L')`` says which column each
+            belongs to.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        selector: Selects,
+        budget: int | None,
+        keep_ratio: float | None,
+        threshold: float | None,
+        positions: Positions,
+        template_ids: frozenset[int],
+    ) -> None:
+        super().__init__(model, _REPLACEMENTS)
+        self.cut: Cut | None = None
+        self.selector, self.positions, self.template_ids = selector, positions, template_ids
+        self.budget, self.keep_ratio, self.threshold = budget, keep_ratio, threshold
+        self._generation: _Generation | None = None
+
     def choose(self, visual: VisualTokens) -> Selection:
         """The selector's decision for a batch of pictures, checked."""
         counts = visual.mask.sum(1)
         if self.threshold is not None:
-            selection = cast(Any, self.selector).select_above(visual, self.threshold)
+            selection = cast(Selection, cast(Any, self.selector).select_above(visual, self.threshold))
         else:
             if self.budget is None:
                 assert self.keep_ratio is not None
@@ -211,19 +231,7 @@ def prune(
         ValueError: the family is not known, the model is pruned already, not exactly one of ``budget``, ``keep_ratio``
             and ``threshold`` is given, or a value is not allowed.
     """
-    family_of(model)
-    if HANDLE in model.__dict__:
-        raise ValueError("the model is pruned already; unprune it first")
-    given = {"budget": budget, "keep_ratio": keep_ratio, "threshold": threshold}
-    chosen = [name for name, value in given.items() if value is not None]
-    if len(chosen) != 1:
-        raise ValueError(f"give exactly one of budget, keep_ratio and threshold; got {', '.join(chosen) or 'none'}")
-    if budget is not None and budget < 1:
-        raise ValueError(f"budget {budget} is not allowed; at least 1")
-    if keep_ratio is not None and not 0 < keep_ratio <= 1:
-        raise ValueError(f"keep_ratio {keep_ratio} is not allowed; more than 0 and at most 1")
-    if threshold is not None and not 0 <= threshold <= 1:
-        raise ValueError(f"threshold {threshold} is not allowed; 0 to 1")
+    check_amount(model, {"budget": budget, "keep_ratio": keep_ratio, "threshold": threshold})
     if threshold is not None and not hasattr(selector, "select_above"):
         raise ValueError(f"threshold needs a selector with probabilities, which {type(selector).__name__} has not")
     if positions not in ("original", "compact"):
@@ -231,10 +239,27 @@ def prune(
     with recorded_tower(model, selector.needs):
         pass
     pruning = Pruning(model, selector, budget, keep_ratio, threshold, positions, template_ids)
-    for name, replacement in _REPLACEMENTS.items():
-        setattr(model, name, MethodType(_with_signature(replacement, pruning.original(name)), model))
-    setattr(model, HANDLE, pruning)
+    pruning.attach()
     return pruning
+
+
+def check_amount(model: PreTrainedModel, given: Mapping[str, float | None]) -> None:
+    """Raise ValueError unless ``model`` can be pruned and exactly one of the amounts ``given`` is given and allowed."""
+    family_of(model)
+    if HANDLE in model.__dict__:
+        raise ValueError("the model is pruned already; unprune it first")
+    chosen = {name: value for name, value in given.items() if value is not None}
+    if len(chosen) != 1:
+        names = list(given)
+        raise ValueError(
+            f"give exactly one of {', '.join(names[:-1])} and {names[-1]}; got {', '.join(chosen) or 'none'}"
+        )
+    if chosen.get("budget", 1) < 1:
+        raise ValueError(f"budget {chosen['budget']} is not allowed; at least 1")
+    if not 0 < chosen.get("keep_ratio", 1) <= 1:
+        raise ValueError(f"keep_ratio {chosen['keep_ratio']} is not allowed; more than 0 and at most 1")
+    if not 0 <= chosen.get("threshold", 0) <= 1:
+        raise ValueError(f"threshold {chosen['threshold']} is not allowed; 0 to 1")
 
 
 def unprune(model: PreTrainedModel) -> None:
@@ -242,7 +267,7 @@ def unprune(model: PreTrainedModel) -> None:
     pruning = model.__dict__.get(HANDLE)
     if pruning is None:
         return
-    for name in _REPLACEMENTS:
+    for name in pruning.replacements:
         delattr(model, name)
         if name in pruning.replaced:
             setattr(model, name, pruning.replaced[name])
@@ -258,14 +283,15 @@ def _with_signature(replacement: Callable[..., Any], original: Callable[..., Any
 
     signature = inspect.signature(original)
     first = inspect.Parameter("self", inspect.Parameter.POSITIONAL_OR_KEYWORD)
-    method.__signature__ = signature.replace(parameters=[first, *signature.parameters.values()])  # type: ignore[attr-defined]
-    del method.__wrapped__  # type: ignore[attr-defined]
+    parameters = [first, *signature.parameters.values()]
+    method.__signature__ = signature.replace(parameters=parameters)  # type: ignore[attr-defined]
+    del method.__wrapped__
     return method
 
 
 def _forward(model: PreTrainedModel, pruning: Pruning, *args: Any, **kwargs: Any) -> Any:
     original = pruning.original("forward")
-    inputs = _named(original, args, kwargs)
+    inputs = named(original, args, kwargs)
     past = _past_of(inputs)
     if "pixel_values" not in inputs:
         if pruning._generation is None and inputs.get("mm_encoder_outputs"):
@@ -273,7 +299,7 @@ def _forward(model: PreTrainedModel, pruning: Pruning, *args: Any, **kwargs: Any
         if past is not None and "position_ids" not in inputs:
             return original(**_resumed(past, inputs))
         return original(*args, **kwargs)
-    _refuse(inputs)
+    refuse(inputs)
     pictures, output = encode(model, inputs, pruning.selector.needs)
     choice = _choose(model, pruning, pictures, inputs)
     if choice is None:
@@ -306,7 +332,7 @@ def _expand(
     input_ids: Tensor | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, dict[str, Any]]:
-    original = pruning.original("_expand_inputs_for_generation")
+    original: Callable[..., tuple[Tensor, dict[str, Any]]] = pruning.original("_expand_inputs_for_generation")
     generation = pruning._generation
     output = (kwargs.get("mm_encoder_outputs") or {}).get("image")
     if generation is None or input_ids is None:
@@ -338,7 +364,7 @@ def _expand(
 
 def _generate(model: PreTrainedModel, pruning: Pruning, *args: Any, **kwargs: Any) -> Any:
     original = pruning.original("generate")
-    inputs = _named(original, args, kwargs)
+    inputs = named(original, args, kwargs)
     if inputs.get("mm_encoder_outputs"):
         raise ValueError("a pruned model wants pixel_values, not pictures that are encoded already")
     pictures, past = "pixel_values" in inputs, _past_of(inputs)
@@ -348,7 +374,7 @@ def _generate(model: PreTrainedModel, pruning: Pruning, *args: Any, **kwargs: An
         inputs["input_ids"] = inputs.pop("inputs")
     prompt = inputs.get("input_ids")
     if pictures:
-        _refuse(inputs)
+        refuse(inputs)
     if prompt is None:
         raise ValueError("a pruned model needs input_ids, to know which tokens are visual")
     whole = past is None or prompt.shape[1] >= past.cut.length
@@ -385,14 +411,14 @@ _REPLACEMENTS: dict[str, Callable[..., Any]] = {
 }
 
 
-def _named(method: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
+def named(method: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
     """The arguments of a call by name, without those that are None."""
     arguments = inspect.signature(method).bind(*args, **kwargs).arguments
     named = {**arguments, **arguments.pop("kwargs", {})}
     return {name: value for name, value in named.items() if value is not None and name != "kwargs"}
 
 
-def _refuse(inputs: Mapping[str, Any]) -> None:
+def refuse(inputs: Mapping[str, Any]) -> None:
     """Raise ValueError for what a call with pictures cannot be cut by."""
     if "pixel_values_videos" in inputs:
         raise ValueError("a pruned model does not take videos; unprune it, or give pictures")
@@ -408,6 +434,29 @@ def _refuse(inputs: Mapping[str, Any]) -> None:
         raise ValueError("a pruned model does not take new pictures on a filled cache; start again without the cache")
 
 
+def samples_of(pictures: list[ImageFeatures], placeholder: Tensor) -> Tensor:
+    """The row of ``placeholder (B, L)`` in which each picture stands, int64 on the CPU.
+
+    Raises:
+        ValueError: the pictures have more or fewer visual tokens than the rows.
+    """
+    ends = placeholder.sum(1).cumsum(0).cpu()
+    sizes = torch.tensor([len(picture.tokens) for picture in pictures])
+    if int(sizes.sum()) != int(ends[-1]):
+        raise ValueError(f"the pictures have {int(sizes.sum())} visual tokens, the prompts hold {int(ends[-1])}")
+    return torch.searchsorted(ends, sizes.cumsum(0))
+
+
+def kept_of(pictures: list[ImageFeatures], sample: Tensor, batch: int, keep: Tensor) -> list[list[Kept]]:
+    """What bool ``keep (T,)``, all pictures one after the other, says of the pictures of each of ``batch`` samples."""
+    kept: list[list[Kept]] = [[] for _ in range(batch)]
+    flags = torch.split(keep, [len(picture.tokens) for picture in pictures])
+    for number, picture, flag in zip(sample.tolist(), pictures, flags, strict=True):
+        indices = flag.nonzero()[:, 0]
+        kept[number].append(Kept(indices, picture.coords[indices], len(picture.tokens)))
+    return kept
+
+
 def _choose(
     model: PreTrainedModel, pruning: Pruning, pictures: list[ImageFeatures], inputs: Mapping[str, Any]
 ) -> _Choice | None:
@@ -415,11 +464,7 @@ def _choose(
     ids = inputs["input_ids"]
     placeholder = ids == model.config.image_token_id
     counts = placeholder.sum(1).tolist()
-    ends = torch.tensor(counts).cumsum(0)
-    sizes = torch.tensor([len(picture.tokens) for picture in pictures])
-    if int(sizes.sum()) != int(ends[-1]):
-        raise ValueError(f"the pictures have {int(sizes.sum())} visual tokens, the prompts hold {int(ends[-1])}")
-    sample = torch.searchsorted(ends, sizes.cumsum(0))
+    sample = samples_of(pictures, placeholder)
     text = ~placeholder & ~torch.isin(ids, torch.tensor(_no_question(model, pruning), device=ids.device))
     if (mask := inputs.get("attention_mask")) is not None:
         text &= mask.bool()
@@ -431,12 +476,8 @@ def _choose(
     selection = pruning.choose(visual)
 
     pruning.cut = None
-    pruning.kept = [[] for _ in ids]
-    for number, (picture, keep) in enumerate(zip(pictures, selection.keep_mask, strict=True)):
-        indices = keep[: len(picture.tokens)].nonzero()[:, 0]
-        kept = Kept(indices, picture.coords[indices], len(picture.tokens))
-        pruning.kept[int(sample[number])].append(kept)
     keep = selection.keep_mask[visual.mask]
+    pruning.kept = kept_of(pictures, sample, len(ids), keep)
     if selection.tokens is None and bool(keep.all()):
         return None
     tokens = visual.tokens if selection.tokens is None else selection.tokens.to(visual.tokens.dtype)
@@ -495,11 +536,11 @@ def _cut_positions(position_ids: Tensor, cut: Cut, positions: Positions) -> Tens
 def _cut_features(model: PreTrainedModel, output: Any, choice: _Choice) -> dict[str, Any]:
     """The kept features, one entry a sample, and those of the deeper layers that some models add."""
     keep = choice.keep
-    counts = [int(part.sum()) for part in keep.split(choice.counts)]
-    features: dict[str, Any] = {"pooler_output": list(choice.tokens[keep].split(counts))}
+    counts = [int(part.sum()) for part in torch.split(keep, choice.counts)]
+    features: dict[str, Any] = {"pooler_output": list(torch.split(choice.tokens[keep], counts))}
     deep = output.get("deepstack_features")
     if deep is not None:
-        features["deepstack_features"] = [list(torch.cat(list(layer))[keep].split(counts)) for layer in deep]
+        features["deepstack_features"] = [list(torch.split(torch.cat(list(layer))[keep], counts)) for layer in deep]
     return features
 
 

@@ -1,8 +1,10 @@
 """Methods that drop visual tokens inside the language model, by what its own layers show at prefill."""
 
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import Protocol
 
+import torch
 from torch import Tensor
 
 from tprl.selectors.base import top
@@ -49,7 +51,7 @@ class LayerView(Protocol):
         ...
 
 
-class InModel(Protocol):
+class InModel(ABC):
     """A method that prunes at one or several decoder layers.
 
     Attributes:
@@ -58,54 +60,40 @@ class InModel(Protocol):
 
     name: str
 
+    @abstractmethod
     def stages(self, layers: int) -> list[Stage]:
         """Where a decoder of ``layers`` layers is cut, first to last.
 
         Raises:
             ValueError: the decoder is too shallow.
         """
-        ...
 
+    @abstractmethod
     def stage_budgets(self, visual_tokens: Tensor, budget: Tensor) -> list[Tensor]:
         """How many visual tokens each stage leaves, int64 ``(B,)`` each, of ``visual_tokens (B,)``; the last stage
         leaves ``budget (B,)``."""
-        ...
 
+    @abstractmethod
     def select(self, stage: int, view: LayerView, budget: Tensor) -> Selection:
         """Which tokens stay: a mask ``(B, L)`` with ``budget (B,)`` visual tokens True in every row, all others
         without meaning; and, from methods that merge, the changed hidden states ``(B, L, D)``."""
-        ...
 
     def layer_counts(self, layers: int, visual_tokens: int, budget: int) -> list[int]:
-        """The visual tokens that each of ``layers`` decoder layers sees, for ``tprl.evaluate.flops.lvlm_flops``."""
-        ...
-
-
-class _Staged:
-    """``layer_counts`` of a method, from its stages and what they leave."""
-
-    def stages(self, layers: int) -> list[Stage]:
-        raise NotImplementedError
-
-    def stage_budgets(self, visual_tokens: Tensor, budget: Tensor) -> list[Tensor]:
-        raise NotImplementedError
-
-    def layer_counts(self, layers: int, visual_tokens: int, budget: int) -> list[int]:
-        """The visual tokens that each of ``layers`` decoder layers sees.
+        """The visual tokens that each of ``layers`` decoder layers sees, for ``tprl.evaluate.flops.lvlm_flops``.
 
         Raises:
             ValueError: the decoder is too shallow, or ``budget`` is not between 0 and ``visual_tokens``.
         """
         if not 0 <= budget <= visual_tokens:
             raise ValueError(f"budget {budget} is not allowed; 0 to the picture's {visual_tokens} visual tokens")
-        left = self.stage_budgets(Tensor([visual_tokens]).long(), Tensor([budget]).long())
+        left = self.stage_budgets(torch.tensor([visual_tokens]), torch.tensor([budget]))
         counts = [visual_tokens] * layers
         for stage, count in zip(self.stages(layers), left, strict=True):
             counts[stage.drop :] = [int(count)] * (layers - stage.drop)
         return counts
 
 
-class FastV(_Staged):
+class FastV(InModel):
     """The tokens that the last prompt token attends to most in an early layer (FastV, arXiv 2403.06764).
 
     ``s_j = mean over heads of softmax(q_last k_j / sqrt(d))`` in decoder layer ``layer - 1``, counted from 0; the top

@@ -1,0 +1,90 @@
+"""The face of the package: prune a model in one call."""
+
+from typing import Any
+
+from transformers import PreTrainedModel
+from transformers.processing_utils import ProcessorMixin
+
+from tprl.lvlm.model import Lvlm
+from tprl.lvlm.prune import Handle, Positions, unprune
+from tprl.lvlm.prune import prune as prune_prompt
+from tprl.lvlm.prune_inside import prune_inside
+from tprl.pruner import TokenPruner
+from tprl.selectors import InModel, Selector, make_selector
+
+__all__ = ["TokenPruner", "prune", "unprune"]
+
+
+def prune(
+    model: PreTrainedModel,
+    pruner: TokenPruner | Selector | InModel | str,
+    *,
+    budget: int | None = None,
+    keep_ratio: float | None = None,
+    threshold: float | None = None,
+    positions: Positions = "original",
+    processor: ProcessorMixin | None = None,
+    template_ids: frozenset[int] | None = None,
+) -> Handle:
+    """Let ``model`` drop visual tokens: ``model(**inputs)`` and ``model.generate(**inputs)`` then see fewer of them.
+
+    Only this instance changes; ``unprune(model)`` or leaving a ``with`` statement undoes it.
+
+    Args:
+        model: of one of ``tprl.lvlm.families.FAMILIES``, with a language-modelling head.
+        pruner: what decides: a trained pruner, one of the peers in ``tprl.selectors``, or a peer's name.
+        budget: visual tokens to keep of every picture.
+        keep_ratio: share of the visual tokens to keep, in (0, 1].
+        threshold: keep what a ``TokenPruner`` gives more than this probability, in [0, 1].
+        positions: "original": kept tokens stay at their position ids. "compact": position ids count what is left; not
+            for methods that act inside the language model.
+        processor: the model's own, by whose chat template the question's own tokens are told from the rest.
+        template_ids: the ids of the chat template, instead of ``processor``. A ``TokenPruner`` needs one of the two.
+
+    Returns:
+        A handle whose ``kept`` tells, after a call, which tokens of which picture were kept and where they lie.
+
+    Raises:
+        ValueError: an unknown family or name, a model that is pruned already, a pruner of another model, no way to tell
+            the question from the template, not exactly one amount, or a value that is not allowed.
+
+    Example:
+        >>> with tprl.prune(model, pruner, budget=64, processor=processor) as pruned:
+        ...     model.generate(**inputs)
+        >>> pruned.kept[0][0].coords
+    """
+    chosen: Any = make_selector(pruner) if isinstance(pruner, str) else pruner
+    if isinstance(chosen, InModel):
+        if positions != "original":
+            raise ValueError(f"positions {positions!r} is not allowed with {chosen.name}; 'original'")
+        if threshold is not None:
+            raise ValueError(f"threshold {threshold} is not allowed with {chosen.name}; give budget or keep_ratio")
+        return prune_inside(model, chosen, budget=budget, keep_ratio=keep_ratio)
+    if processor is not None and template_ids is None:
+        template_ids = Lvlm(model, processor).template_ids
+    if isinstance(chosen, TokenPruner):
+        _check_fit(chosen, model, template_ids)
+    return prune_prompt(
+        model,
+        chosen,
+        budget=budget,
+        keep_ratio=keep_ratio,
+        threshold=threshold,
+        positions=positions,
+        template_ids=template_ids or frozenset(),
+    )
+
+
+def _check_fit(pruner: TokenPruner, model: PreTrainedModel, template_ids: frozenset[int] | None) -> None:
+    """Raise ValueError unless ``pruner`` was trained for ``model`` and can be given its question."""
+    fingerprint = Lvlm(model).fingerprint
+    if pruner.config.fingerprint != fingerprint:
+        raise ValueError(
+            f"the pruner was trained for another model (width {pruner.config.width}, fingerprint "
+            f"{pruner.config.fingerprint}) than this one ({fingerprint}); train one with `tprl train --model ...`"
+        )
+    if template_ids is None:
+        raise ValueError(
+            "a TokenPruner reads the question's own tokens: give the model's own as processor=, or the ids of the chat "
+            "template as template_ids="
+        )

@@ -1,0 +1,184 @@
+"""Pruning between the layers of a whole model of transformers, by methods that look inside the language model.
+
+``forward`` of the instance opens ``tprl.lvlm.in_model.dropping`` around the language model. Prompts, positions and
+lengths are those of the whole model: only layers from the cut on see fewer tokens, and their part of the cache is
+shorter. So logits and returned sequences have the whole length.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+from transformers import Cache, PreTrainedModel
+from transformers.utils.generic import ModelOutput
+
+from tprl.lvlm.in_model import Dropping, dropping, resumed
+from tprl.lvlm.model import ImageFeatures, encode, split_pictures
+from tprl.lvlm.prune import Handle, check_amount, kept_of, named, refuse, samples_of
+from tprl.selectors.in_model import InModel
+
+
+class InsidePruning(Handle):
+    """The state of a model that prunes between its layers; ``prune_inside`` makes it."""
+
+    def __init__(self, model: PreTrainedModel, method: InModel, budget: int | None, keep_ratio: float | None) -> None:
+        super().__init__(model, _REPLACEMENTS)
+        self.method, self.budget, self.keep_ratio = method, budget, keep_ratio
+        self._generation: _Generation | None = None
+
+    def budgets(self, sizes: Tensor, sample: Tensor, batch: int) -> Tensor:
+        """Visual tokens that the samples keep, int64 ``(batch,)``, of pictures of ``sizes`` in rows ``sample``."""
+        if self.budget is None:
+            return (torch.bincount(sample, sizes, batch) * cast(float, self.keep_ratio)).round().long()
+        if bool((sizes < self.budget).any()):
+            raise ValueError(
+                f"budget {self.budget} is more than a picture's {int(sizes.min())} visual tokens; "
+                "allowed: 1 to as many as the smallest picture has, or use keep_ratio"
+            )
+        return torch.bincount(sample, minlength=batch) * self.budget
+
+
+@dataclass
+class _Prompt:
+    """Prompts with pictures: where the visual tokens ``(B, L)`` and the last tokens ``(B,)`` stand."""
+
+    pictures: list[ImageFeatures]
+    visual: Tensor
+    last: Tensor
+
+    @classmethod
+    def of(cls, model: PreTrainedModel, pictures: list[ImageFeatures], ids: Tensor, mask: Tensor | None) -> "_Prompt":
+        mask = torch.ones_like(ids) if mask is None else mask
+        places = torch.arange(ids.shape[1], device=ids.device)
+        return cls(pictures, ids == model.config.image_token_id, (mask * places).argmax(1))
+
+
+@dataclass
+class _Generation:
+    """A call of ``generate`` on its way: its inputs; then its prompts, and rows that each of them became."""
+
+    inputs: Mapping[str, Any]
+    prompt: _Prompt | None = None
+    times: int = 1
+
+
+def prune_inside(
+    model: PreTrainedModel, method: InModel, *, budget: int | None = None, keep_ratio: float | None = None
+) -> InsidePruning:
+    """Let the language model of ``model`` drop visual tokens between its layers.
+
+    Args:
+        model: of one of ``tprl.lvlm.families.FAMILIES``, with a language-modelling head.
+        method: of ``tprl.selectors.IN_MODEL``. The pictures of a sample share their budget.
+        budget: visual tokens of a picture that reach the last layer, on average over a sample's pictures.
+        keep_ratio: share of a sample's visual tokens that reach the last layer, in (0, 1].
+
+    Returns:
+        The handle that tells what reached the last layer, and un-prunes the model if used in a ``with`` statement.
+
+    Raises:
+        ValueError: the family is not known, the model is pruned already, not exactly one of ``budget`` and
+            ``keep_ratio`` is given or its value is not allowed, or ``method`` cuts where this model cannot be cut.
+    """
+    check_amount(model, {"budget": budget, "keep_ratio": keep_ratio})
+    _check_first_cut(model, method)
+    pruning = InsidePruning(model, method, budget, keep_ratio)
+    pruning.attach()
+    return pruning
+
+
+def _check_first_cut(model: PreTrainedModel, method: InModel) -> None:
+    """Raise ValueError if the first cut comes too early: masks are made by the first layer of each type of attention,
+    and Qwen3-VL adds visual features to its first layers."""
+    decoder: Any = cast(Any, model).get_decoder()
+    first = method.stages(len(decoder.layers))[0].drop
+    types = decoder.config.to_dict().get("layer_types") or []
+    deep = model.config.vision_config.to_dict().get("deepstack_visual_indexes") or []
+    least = max(len(deep), *(1 + types.index(kind) for kind in set(types)), 1)
+    if first < least:
+        raise ValueError(f"{method.name} cuts before layer {first}; at least {least} layers of this model see all")
+
+
+def _forward(model: PreTrainedModel, pruning: InsidePruning, *args: Any, **kwargs: Any) -> Any:
+    original = pruning.original("forward")
+    inputs = named(original, args, kwargs)
+    decoder, cache = cast(Any, model).get_decoder(), inputs.get("past_key_values")
+    if cache is not None and int(cache.get_seq_length()) > 0:
+        return _continue(decoder, cache, inputs, original)
+    generation = pruning._generation
+    if "pixel_values" in inputs:
+        refuse(inputs)
+        pictures, output = encode(model, inputs)
+        prompt = _Prompt.of(model, pictures, inputs["input_ids"], inputs.get("attention_mask"))
+        inputs = {name: value for name, value in inputs.items() if name not in ("pixel_values", "pixel_attention_mask")}
+        inputs["mm_encoder_outputs"] = {"image": output}
+    elif generation is not None and generation.prompt is not None:
+        prompt = generation.prompt
+    elif inputs.get("mm_encoder_outputs"):
+        raise ValueError("a pruned model wants pixel_values, not pictures that are encoded already")
+    else:
+        return original(**inputs)
+
+    times = generation.times if generation is not None else 1
+    sample = samples_of(prompt.pictures, prompt.visual)
+    sizes = torch.tensor([len(picture.tokens) for picture in prompt.pictures])
+    budgets = pruning.budgets(sizes, sample, len(prompt.visual)).to(prompt.visual.device)
+    visual, last, budgets = (part.repeat_interleave(times, 0) for part in (prompt.visual, prompt.last, budgets))
+    with dropping(decoder, pruning.method, visual=visual, last=last, budgets=budgets) as dropped:
+        result = original(**inputs)
+    keep = dropped.kept[-1][::times, : prompt.visual.shape[1]][prompt.visual]
+    pruning.kept = kept_of(prompt.pictures, sample, len(prompt.visual), keep)
+    for part in result.values() if isinstance(result, ModelOutput) else result:
+        if isinstance(part, Cache):
+            part._tprl_dropped = dropped  # type: ignore[attr-defined]
+    return result
+
+
+def _continue(decoder: PreTrainedModel, cache: Cache, inputs: dict[str, Any], original: Callable[..., Any]) -> Any:
+    """A call on a filled cache."""
+    if "pixel_values" in inputs or inputs.get("mm_encoder_outputs"):
+        raise ValueError("a pruned model does not take new pictures on a filled cache; start again without the cache")
+    dropped = cast("Dropping | None", cache.__dict__.get("_tprl_dropped"))
+    if dropped is None:
+        return original(**inputs)
+    with resumed(decoder, dropped):
+        return original(**inputs)
+
+
+def _expand(
+    model: PreTrainedModel,
+    pruning: InsidePruning,
+    expand_size: int = 1,
+    is_encoder_decoder: bool = False,
+    input_ids: Tensor | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, dict[str, Any]]:
+    generation, output = pruning._generation, (kwargs.get("mm_encoder_outputs") or {}).get("image")
+    if generation is not None and output is not None and input_ids is not None:
+        inputs = {**generation.inputs, **kwargs, "input_ids": input_ids}
+        pictures = split_pictures(model, inputs, output.pooler_output, {})
+        generation.prompt = _Prompt.of(model, pictures, input_ids, kwargs.get("attention_mask"))
+        generation.times = expand_size
+    original = pruning.original("_expand_inputs_for_generation")
+    return cast(tuple[Tensor, dict[str, Any]], original(expand_size, is_encoder_decoder, input_ids, **kwargs))
+
+
+def _generate(model: PreTrainedModel, pruning: InsidePruning, *args: Any, **kwargs: Any) -> Any:
+    original = pruning.original("generate")
+    inputs = named(original, args, kwargs)
+    if "pixel_values" in inputs:
+        refuse({"input_ids": inputs.get("inputs"), **inputs})
+    pruning._generation = _Generation(inputs)
+    try:
+        return original(**inputs)
+    finally:
+        pruning._generation = None
+
+
+_REPLACEMENTS: dict[str, Callable[..., Any]] = {
+    "forward": _forward,
+    "_expand_inputs_for_generation": _expand,
+    "generate": _generate,
+}

@@ -1,0 +1,124 @@
+"""Demonstrations: nested, scored in one call a teacher, and the best of them for every sample by itself."""
+
+from collections.abc import Sequence
+
+import pytest
+import torch
+from torch import Tensor
+
+from ragged import visual_tokens
+from tprl.demonstrations import demonstrate, nested_masks
+from tprl.env import Score
+from tprl.rewards import step_rewards
+from tprl.selectors import SELECTORS, make_selector
+from tprl.selectors.base import check
+from tprl.types import Selection, VisualTokens
+
+COUNTS = [8, 5, 2]
+
+
+class Order:
+    """Keeps the tokens that come first in an order of columns."""
+
+    name = "order"
+    needs: frozenset[str] = frozenset()
+
+    def __init__(self, order: Sequence[int]) -> None:
+        self.rank = torch.empty(len(order)).scatter(0, torch.tensor(order), torch.arange(len(order)).float())
+        self.seen: list[Tensor] = []
+
+    def select(self, visual: VisualTokens, budget: Tensor) -> Selection:
+        check(self, visual, budget)
+        self.seen.append(visual.mask)
+        place = self.rank.expand(len(visual), -1).masked_fill(~visual.mask, torch.inf).argsort(1).argsort(1)
+        return Selection(place < budget[:, None])
+
+
+def with_signals(visual: VisualTokens) -> VisualTokens:
+    random = torch.Generator().manual_seed(1)
+    visual.signals["cls_attention"] = torch.rand(visual.mask.shape, generator=random) * visual.mask
+    visual.signals["tower_keys"] = torch.randn(*visual.mask.shape, 4, generator=random)
+    visual.signals["text_attention"] = torch.rand(visual.mask.shape, generator=random) * visual.mask
+    return visual
+
+
+@pytest.mark.parametrize("name", SELECTORS)
+def test_each_step_is_chosen_among_what_the_one_before_kept(name: str) -> None:
+    visual, teacher = with_signals(visual_tokens([36, 16, 4], [3, 1, 2], 12)), make_selector(name)
+    masks = nested_masks(teacher, visual, [12, 6, 3])
+    assert masks.sum(2).tolist() == [[12, 12, 4], [6, 6, 4], [3, 3, 3]]
+    held = visual.mask
+    for mask in masks:
+        assert not (mask & ~held).any()
+        held = mask
+
+
+def test_a_teacher_sees_what_is_still_held() -> None:
+    teacher, visual = Order(range(8)), visual_tokens(COUNTS, [1, 1, 1], 4)
+    masks = nested_masks(teacher, visual, [4, 1])
+    assert torch.equal(torch.stack(teacher.seen), torch.stack([visual.mask, masks[0]]))
+    assert masks[1].nonzero()[:, 1].tolist() == [0, 0, 0]
+
+
+def weigh(weights: Tensor) -> Score:
+    """``(B, N)`` weights as a score of masks ``(T, B, N)``."""
+    return lambda masks: (masks * weights).sum(-1)
+
+
+def test_the_best_teacher_of_each_sample_wins_by_hand() -> None:
+    """Two orders, two samples of four tokens, budgets 2 and 1, gamma 0.5, alpha 1 and beta 0.4.
+
+    Sample 0: token 0 is worth 1. From the left it stays: rewards 0 + 0.4 / 2, 0 + 0.4 / 2, return 0.2 + 0.1.
+    From the right it goes at once: -1 + 0.2, 0.2, return -0.7. Sample 1: token 2 is worth 1. From the left it goes at
+    once: return -0.7. From the right it goes in the second step, which is discounted: 0.2, -1 + 0.2, return -0.2.
+    """
+    visual = visual_tokens([4, 4], [1, 1], 4)
+    weights = torch.tensor([[1.0, 0, 0, 0], [0, 0, 1, 0]])
+    left, right = Order(range(4)), Order([3, 2, 1, 0])
+    score = weigh(weights)
+    found = demonstrate([left, right], visual, [2, 1], torch.ones(2), score, alpha=1.0, beta=0.4, gamma=0.5)
+    assert found.teacher.tolist() == [0, 1]
+    states = [[[1, 1, 1, 1], [1, 1, 0, 0], [1, 0, 0, 0]], [[1, 1, 1, 1], [0, 0, 1, 1], [0, 0, 0, 1]]]
+    assert found.trajectory.states.int().tolist() == states
+    assert torch.equal(found.trajectory.actions, found.trajectory.states[:, 1:])
+    torch.testing.assert_close(found.trajectory.rewards, torch.tensor([[0.2, 0.2], [0.2, -0.8]]))
+    assert found.trajectory.scores.tolist() == [[1, 1, 1], [1, 1, 0]]
+    # the order in which teachers are named says who is who, and nothing else
+    turned = demonstrate([right, left], visual, [2, 1], torch.ones(2), score, 1.0, 0.4, 0.5)
+    assert turned.teacher.tolist() == [1, 0]
+    assert torch.equal(turned.trajectory.states, found.trajectory.states)
+
+
+def test_no_teacher_would_have_done_better() -> None:
+    visual = visual_tokens(COUNTS, [1, 1, 1], 4)
+    random = torch.Generator().manual_seed(0)
+    weights, unpruned = torch.randn(3, 8, generator=random), torch.randn(3, generator=random)
+    teachers = [Order(torch.randperm(8, generator=random).tolist()) for _ in range(6)]
+    found = demonstrate(teachers, visual, [4, 2], unpruned, weigh(weights), 1.0, 0.1, 0.9)
+    assert len(set(found.teacher.tolist())) > 1
+
+    def value(masks: Tensor, row: int) -> float:
+        states = [visual.mask[row], masks[0, row], masks[1, row]]
+        scores = [unpruned[row], *(weights[row, mask].sum() for mask in states[1:])]
+        rewards = step_rewards(
+            torch.stack(scores)[None], torch.tensor([[int(mask.sum()) for mask in states]]), 1.0, 0.1
+        )  # fmt: skip
+        return float(rewards[0, 0] + 0.9 * rewards[0, 1])
+
+    for row, teacher in enumerate(found.teacher.tolist()):
+        values = [value(nested_masks(other, visual, [4, 2]), row) for other in teachers]
+        assert values[teacher] == max(values)
+        assert min(values) < max(values) or COUNTS[row] <= 2
+        kept = found.trajectory.actions[row]
+        assert torch.equal(kept, nested_masks(teachers[teacher], visual, [4, 2])[:, row])
+
+
+def test_every_teacher_is_scored_in_one_call_with_all_steps() -> None:
+    visual, calls = visual_tokens(COUNTS, [1, 1, 1], 4), []
+
+    def score(masks: Tensor) -> Tensor:
+        calls.append(tuple(masks.shape))
+        return masks.sum(-1).float()
+
+    demonstrate([Order(range(8)), Order(range(8))], visual, [4, 2, 1], torch.zeros(3), score, 1.0, 0.1, 0.9)
+    assert calls == [(3, 3, 8), (3, 3, 8)]

@@ -2,9 +2,9 @@
 
 import pytest
 import torch
-from tiny import IMAGE, NAMES, PAD, Tiny, make
 from transformers import LlamaConfig
 
+from lvlm.tiny import IMAGE, NAMES, PAD, Tiny, make
 from tprl.lvlm.families import FAMILIES, TOWERS, family_of, grid_coords, image_runs, square_coords
 from tprl.lvlm.model import encode
 

@@ -7,7 +7,6 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from tiny import Tiny, make
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Split
@@ -27,6 +26,7 @@ from transformers import (
 )
 from transformers.processing_utils import ProcessorMixin
 
+from lvlm.tiny import Tiny, make
 from tprl.lvlm.model import ImageFeatures, Lvlm
 
 TEMPLATE = (

@@ -12,10 +12,10 @@ from typing import Any
 
 import pytest
 import torch
-from tiny import IMAGE, NAMES, PAD, Prompt, Tiny, make
 from torch import Tensor
 from transformers import DynamicCache, GenerationMixin, LlamaConfig, LlamaForCausalLM, PreTrainedModel, StaticCache
 
+from lvlm.tiny import IMAGE, NAMES, PAD, Prompt, Tiny, make
 from tprl.lvlm import prune as pruning_module
 from tprl.lvlm.prune import HANDLE, Pruning, prune, unprune
 from tprl.types import Selection, VisualTokens

@@ -1,8 +1,7 @@
 """Methods that drop visual tokens inside the language model, by what its own layers show at prefill."""
 
-from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -51,7 +50,8 @@ class LayerView(Protocol):
         ...
 
 
-class InModel(ABC):
+@runtime_checkable
+class InModel(Protocol):
     """A method that prunes at one or several decoder layers.
 
     Attributes:
@@ -60,23 +60,23 @@ class InModel(ABC):
 
     name: str
 
-    @abstractmethod
     def stages(self, layers: int) -> list[Stage]:
         """Where a decoder of ``layers`` layers is cut, first to last.
 
         Raises:
             ValueError: the decoder is too shallow.
         """
+        ...
 
-    @abstractmethod
     def stage_budgets(self, visual_tokens: Tensor, budget: Tensor) -> list[Tensor]:
         """How many visual tokens each stage leaves, int64 ``(B,)`` each, of ``visual_tokens (B,)``; the last stage
         leaves ``budget (B,)``."""
+        ...
 
-    @abstractmethod
     def select(self, stage: int, view: LayerView, budget: Tensor) -> Selection:
         """Which tokens stay: a mask ``(B, L)`` with ``budget (B,)`` visual tokens True in every row, all others
         without meaning; and, from methods that merge, the changed hidden states ``(B, L, D)``."""
+        ...
 
     def layer_counts(self, layers: int, visual_tokens: int, budget: int) -> list[int]:
         """The visual tokens that each of ``layers`` decoder layers sees, for ``tprl.evaluate.flops.lvlm_flops``.

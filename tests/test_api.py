@@ -1,0 +1,136 @@
+"""The face of the package, from ``import tprl`` to a pruned answer."""
+
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import tprl
+from lvlm.test_model import processor_of
+from lvlm.tiny import Tiny, make
+from tprl.config import PrunerConfig
+from tprl.lvlm.model import Lvlm
+from tprl.lvlm.prune import HANDLE
+from tprl.lvlm.prune_inside import prune_inside
+from tprl.selectors import IN_MODEL, SELECTORS
+from tprl.selectors.in_model import FastV
+
+
+@pytest.fixture
+def tiny() -> Tiny:
+    return make("llava")
+
+
+def pruner_for(tiny: Tiny, seed: int = 0) -> tprl.TokenPruner:
+    lvlm = Lvlm(tiny.model)
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        pruner = tprl.TokenPruner(PrunerConfig(lvlm.width, lvlm.fingerprint))
+        for parameter in pruner.parameters():
+            torch.nn.init.normal_(parameter)
+    return pruner.eval()
+
+
+def kept(model: Any, inputs: dict[str, torch.Tensor], *args: Any, **options: Any) -> list[list[int]]:
+    with tprl.prune(model, *args, **options) as pruning, torch.no_grad():
+        model.generate(**inputs, max_new_tokens=2)
+    assert HANDLE not in model.__dict__
+    return [picture.indices.tolist() for row in pruning.kept for picture in row]
+
+
+def test_the_version_is_the_projects() -> None:
+    project = tomllib.loads((Path(__file__).parents[1] / "pyproject.toml").read_text())["project"]
+    assert tprl.__version__ == project["version"]
+    with pytest.raises(AttributeError, match="'tprl' has no attribute 'prunes'"):
+        _ = tprl.prunes  # type: ignore[attr-defined]
+
+
+def test_importing_the_package_alone_imports_no_transformers() -> None:
+    code = "import sys, tprl; print(tprl.__version__, 'transformers' in sys.modules)"
+    ran = subprocess.run([sys.executable, "-c", code], env={"PYTHONPATH": ":".join(sys.path)}, capture_output=True)
+    assert ran.stdout.decode().split() == [tprl.__version__, "False"]
+
+
+def test_a_token_pruner_prunes_the_model_that_it_was_trained_for(tiny: Tiny, tmp_path: Path) -> None:
+    pruner = pruner_for(tiny)
+    pruner.save_pretrained(tmp_path)
+    loaded = tprl.TokenPruner.from_pretrained(tmp_path)
+    inputs = tiny.batch([2, "I", 4], [1, "I", 5])
+    indices = kept(tiny.model, inputs, loaded, budget=4, template_ids=frozenset())
+    assert [len(picture) for picture in indices] == [4, 4]
+    assert kept(tiny.model, inputs, pruner, budget=4, template_ids=frozenset()) == indices
+    assert kept(tiny.model, inputs, pruner_for(tiny, 1), budget=4, template_ids=frozenset()) != indices
+    with tprl.prune(tiny.model, pruner, threshold=0.5, template_ids=frozenset()) as pruning:
+        tiny.model(**inputs)
+    assert len(pruning.kept) == 2
+
+    other = make("paligemma").model
+    with pytest.raises(ValueError, match=r"trained for another model \(width 16, fingerprint [0-9a-f]{16}\)"):
+        tprl.prune(other, pruner, budget=4, template_ids=frozenset())
+    with pytest.raises(ValueError, match=r"give the model's own as processor=, or .* template_ids="):
+        tprl.prune(tiny.model, pruner, budget=4)
+    assert HANDLE not in other.__dict__
+    assert HANDLE not in tiny.model.__dict__
+
+
+def test_the_processor_tells_the_question_from_the_template(tiny: Tiny) -> None:
+    """The template's words change nothing for the pruner, a question's words do."""
+    pruner, processor = pruner_for(tiny), processor_of("llava")
+    user, assistant, end, start, word = 4, 5, 6, 1, 12
+    inputs = tiny.batch([6, "I", 6])
+    places = (inputs["input_ids"][0] != 60).nonzero()[:, 0]
+
+    def seen(ids: list[int]) -> Any:
+        shown = inputs["input_ids"].clone()
+        shown[0, places] = torch.tensor(ids * 2)
+        probs: list[torch.Tensor] = []
+        original = pruner.select
+
+        def select(visual: Any, budget: Any) -> Any:
+            probs.append(pruner.keep_probs(visual))
+            return original(visual, budget)
+
+        pruner.select = select  # type: ignore[method-assign]
+        with tprl.prune(tiny.model, pruner, budget=4, processor=processor), torch.no_grad():
+            tiny.model(**{**inputs, "input_ids": shown})
+        del pruner.select
+        return probs[0]
+
+    one = seen([word, user, user, user, user, user])
+    assert torch.equal(seen([word, assistant, end, start, end, assistant]), one)
+    assert not torch.equal(seen([word, word, end, start, end, assistant]), one)
+
+
+@pytest.mark.parametrize("name", ["uniform", "fastervlm", "divprune"])
+def test_a_peer_by_name_or_as_an_object(tiny: Tiny, name: str) -> None:
+    inputs = tiny.batch([2, "I", 4])
+    indices = kept(tiny.model, inputs, name, keep_ratio=0.25)
+    assert len(indices[0]) == 4
+    assert kept(tiny.model, inputs, SELECTORS[name](), budget=4) == indices
+
+
+def test_a_method_inside_the_language_model(tiny: Tiny) -> None:
+    inputs = tiny.batch([2, "I", 4])
+    with prune_inside(tiny.model, FastV(1), budget=4) as pruning, torch.no_grad():
+        tiny.model(**inputs)
+    expected = [pruning.kept[0][0].indices.tolist()]
+    assert kept(tiny.model, inputs, FastV(1), budget=4) == expected
+    with pytest.raises(ValueError, match="positions 'compact' is not allowed with fastv; 'original'"):
+        tprl.prune(tiny.model, FastV(1), budget=4, positions="compact")
+    with pytest.raises(ValueError, match=r"threshold 0\.5 is not allowed with fastv; give budget or keep_ratio"):
+        tprl.prune(tiny.model, FastV(1), threshold=0.5)
+    with pytest.raises(ValueError, match="layer 2 is not allowed in a decoder of 2 layers"):
+        tprl.prune(tiny.model, "fastv", budget=4)
+    assert "fastv" in IN_MODEL
+
+
+def test_unprune_and_unknown_names(tiny: Tiny) -> None:
+    tprl.prune(tiny.model, "random", budget=3)
+    tprl.unprune(tiny.model)
+    assert HANDLE not in tiny.model.__dict__
+    with pytest.raises(ValueError, match=r"unknown selector 'fastW'; known: random, .*, fastv"):
+        tprl.prune(tiny.model, "fastW", budget=3)

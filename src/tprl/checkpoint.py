@@ -24,7 +24,8 @@ def save_checkpoint(path: Path, tensors: dict[str, Tensor], meta: dict[str, Any]
         OSError: the disk is full or the folder is not writable; what stood at ``path`` is left untouched.
     """
     tensors = {name: tensor.detach().to("cpu").contiguous() for name, tensor in tensors.items()}
-    save_tensors(path, tensors, {"meta": json.dumps(meta), "sha256": _digest(tensors)})
+    text = json.dumps(meta)
+    save_tensors(path, tensors, {"meta": text, "sha256": _digest(tensors), "header": _header_digest(tensors, text)})
 
 
 def save_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
@@ -71,9 +72,11 @@ def load_checkpoint(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
     except SafetensorError as error:
         raise DamagedCheckpoint(f"{path} is not a whole safetensors file: {error}") from error
-    if metadata.get("sha256") != _digest(tensors):
+    text = metadata.get("meta", "")
+    header = _header_digest(tensors, text)  # older checkpoints have none
+    if not text or metadata.get("sha256") != _digest(tensors) or metadata.get("header", header) != header:
         raise DamagedCheckpoint(f"{path} does not match its checksum")
-    return tensors, json.loads(metadata["meta"])
+    return tensors, json.loads(text)
 
 
 def optimizer_tensors(optimizer: torch.optim.Optimizer, prefix: str = "optimizer.") -> dict[str, Tensor]:
@@ -102,6 +105,11 @@ def _digest(tensors: dict[str, Tensor]) -> str:
         digest.update(name.encode())
         digest.update(tensors[name].reshape(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()
+
+
+def _header_digest(tensors: dict[str, Tensor], meta: str) -> str:
+    shapes = [(name, str(tensor.dtype), list(tensor.shape)) for name, tensor in sorted(tensors.items())]
+    return hashlib.sha256(json.dumps([shapes, meta]).encode()).hexdigest()
 
 
 def prefixed(tensors: Iterable[tuple[str, Tensor]], prefix: str) -> dict[str, Tensor]:

@@ -1,7 +1,6 @@
 """FLOPs against hand-written formulas, published figures, and real forward passes of every family."""
 
 import json
-import sys
 from pathlib import Path
 
 import pytest
@@ -9,6 +8,9 @@ import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from lvlm.tiny import NAMES, make
+from tprl.commands.flops import flops
+from tprl.config import PrunerConfig
 from tprl.evaluate.flops import (
     PRESETS,
     encoded_by,
@@ -18,9 +20,9 @@ from tprl.evaluate.flops import (
     module_flops,
     text_tokens_at,
 )
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "lvlm"))
-from tiny import NAMES, make
+from tprl.pruner import TokenPruner
+from tprl.selectors.in_model import FastV
+from tprl.types import VisualTokens
 
 
 def llama(length: int, width: int, inner: int, layers: int, vocabulary: int) -> int:
@@ -188,4 +190,64 @@ def test_module_flops_counts_attention_too() -> None:
     expected = 2 * (4 * 2 * 10 * 16**2 + 2 * 2 * 10**2 * 16 + 2 * 2 * 10 * 16 * 32)
     assert module_flops(module, states, mask) == expected
     assert module_flops(module, states, mask, method="twice") == 2 * expected
-    assert not next(module.parameters()).is_meta and module.training
+    assert not next(module.parameters()).is_meta
+    assert module.training
+
+
+@pytest.mark.parametrize("config", [PrunerConfig(4096, ""), PrunerConfig.paper(4096, "")], ids=["default", "paper"])
+def test_the_pruner_costs_little_beside_llava_7b(config: PrunerConfig) -> None:
+    """576 tokens of width 4096 and a question of 32 tokens: at most 0.3 % of the unpruned prefill."""
+    visual = VisualTokens(
+        torch.zeros(1, 576, 4096), torch.ones(1, 576).bool(), torch.zeros(1, 576, 2),
+        torch.zeros(1, 32, 4096), torch.ones(1, 32).bool(),
+    )  # fmt: skip
+    cost = module_flops(TokenPruner(config), visual, method="keep_probs")
+    encoder = 2 * 576 * config.autoencoder_hidden * (4096 + config.latent)
+    assert encoder < cost < 0.003 * lvlm_flops(load_config("llava-1.5-7b"), 576, 64).total
+
+
+def test_fastv_saves_less_than_pruning_before_the_model() -> None:
+    config = load_config("llava-1.5-7b")
+    counts = FastV().layer_counts(32, 576, 192)
+    assert counts == [576, 576] + [192] * 30
+    whole, before, inside = (
+        lvlm_flops(config, 576, 64), lvlm_flops(config, 192, 64), lvlm_flops(config, 576, 64, counts)
+    )  # fmt: skip
+    saved = (whole.language - inside.language) / (whole.language - before.language)
+    assert saved == pytest.approx(30 / 32, rel=1e-4)
+
+
+def cells(text: str) -> dict[str, list[str]]:
+    """The rows of a printed table by their first cell."""
+    rows = [[cell.strip() for cell in line.split("\u2502")[1:-1]] for line in text.splitlines() if "\u2502" in line]
+    return {row[0]: row[1:] for row in rows}
+
+
+def test_the_command_prints_the_published_figures(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps(PRESETS["llava-1.5-7b"]))
+    for config in ("llava-1.5-7b", str(path), str(tmp_path)):
+        flops(config)
+        printed = capsys.readouterr().out
+        rows = cells(printed)
+        assert list(rows) == ["576", "192", "128", "64"]
+        for tokens, total, saved in (("576", 8.910, 0.0), ("192", 3.756, 57.8)):
+            parts = [float(part) for part in rows[tokens][:4]]
+            assert parts[3] == pytest.approx(total, rel=0.01)
+            assert sum(parts[:3]) == pytest.approx(parts[3], abs=0.002)
+            assert float(rows[tokens][4].removesuffix("%")) == pytest.approx(saved, abs=0.1)
+        assert rows["192"][5] == f"{2 * 32 * 4096 * (192 + 64) * 2 / 2**20:.1f}"
+        assert "with 110 text tokens" in " ".join(printed.split())
+
+
+def test_the_command_for_pictures_of_any_size_and_its_errors(capsys: pytest.CaptureFixture[str]) -> None:
+    flops("qwen2.5-vl-7b", (432,), encoded_tokens=1296, generated_tokens=10, cache_bytes=4)
+    rows = cells(capsys.readouterr().out)
+    assert list(rows) == ["1296", "432"]
+    steps = lvlm_flops(load_config("qwen2.5-vl-7b"), 432, 64, None, 10, 1296)
+    assert float(rows["432"][3]) == pytest.approx(steps.total / 1e12, abs=1e-3)
+    assert rows["432"][5] == f"{2 * 28 * 4 * 128 * (432 + 64 + 9) * 4 / 2**20:.1f}"
+    with pytest.raises(ValueError, match="say how many encoded_tokens"):
+        flops("qwen2.5-vl-7b")
+    with pytest.raises(ValueError, match=r"budgets \[577, -1\] are not allowed; 0 to the picture's 576"):
+        flops("llava-1.5-7b", (577, 3, -1))

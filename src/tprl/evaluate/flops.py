@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from math import isqrt
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -21,7 +21,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 from torch.utils.flop_counter import FlopCounterMode
-from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForImageTextToText, PreTrainedConfig, PreTrainedModel
+from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForImageTextToText, PreTrainedConfig
 
 from tprl.lvlm.families import family_of
 
@@ -96,7 +96,7 @@ def load_config(name_or_path: str) -> PreTrainedConfig:
         return _config_of(PRESETS[name_or_path])
     path = Path(name_or_path)
     if not path.is_file():
-        return AutoConfig.from_pretrained(name_or_path)
+        return cast(PreTrainedConfig, AutoConfig.from_pretrained(name_or_path))
     try:
         return _config_of(json.loads(path.read_text()))
     except (ValueError, KeyError, TypeError) as error:
@@ -208,7 +208,7 @@ def module_flops(module: nn.Module, *args: Any, method: str = "forward", **kwarg
 # --- counting ------------------------------------------------------------------------------------------------
 
 
-class _Weightless(TorchDispatchMode):
+class _Weightless(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Runs on the meta device whatever touches a tensor there, and all else on the CPU.
 
     So grids, windows and lengths, on which shapes depend, stay real numbers, while weights and activations are
@@ -227,7 +227,8 @@ class _Weightless(TorchDispatchMode):
 @torch.no_grad()
 def _count(call: Any, *args: Any, **kwargs: Any) -> tuple[Any, FlopCounterMode]:
     """What ``call`` returns, and its FLOPs."""
-    with sdpa_kernel(SDPBackend.MATH), _Weightless(), FlopCounterMode(display=False) as counter:
+    weightless = _Weightless()  # type: ignore[no-untyped-call]
+    with sdpa_kernel(SDPBackend.MATH), weightless, FlopCounterMode(display=False) as counter:
         result = call(*args, **kwargs)
     return result, counter
 
@@ -246,9 +247,10 @@ def _key(config: PreTrainedConfig) -> str:
 
 
 @lru_cache(maxsize=8)
-def _model(key: str) -> PreTrainedModel:
+def _model(key: str) -> Any:
+    auto: Any = AutoModelForImageTextToText
     with torch.device("meta"):
-        return AutoModelForImageTextToText.from_config(_config_of(json.loads(key)), attn_implementation="eager").eval()
+        return auto.from_config(_config_of(json.loads(key)), attn_implementation="eager").eval()
 
 
 # --- the language model ---------------------------------------------------------------------------------------
@@ -278,8 +280,7 @@ class _Language:
 def _language(key: str) -> _Language:
     """Each layer's FLOPs are a polynomial of degree 2 in the length without constant, so two lengths tell all."""
     model = _model(key)
-    decoder: Any = model.get_decoder()
-    head: Any = model.get_output_embeddings()
+    decoder, head = model.get_decoder(), model.get_output_embeddings()
     width = decoder.config.hidden_size
     short, long = 8, 16
     counts = {}
@@ -332,7 +333,7 @@ def _tower(key: str, pictures: int, grid: tuple[int, int] | None) -> _Tower:
     if pictures > 1:
         one = _tower(key, 1, grid)
         return _Tower(pictures * one.vision, pictures * one.projector, pictures * one.tokens)
-    model: Any = _model(key)
+    model = _model(key)
     config = model.config
     inputs, tiles = _tower_inputs(config, grid)
     result, counter = _count(model.model.get_image_features, **inputs)

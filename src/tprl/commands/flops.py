@@ -1,0 +1,60 @@
+"""``tprl flops``: what an answer costs at several token budgets, counted from a model's config alone."""
+
+from rich.console import Console
+from rich.table import Table
+
+from tprl.evaluate.flops import encoded_by, kv_cache_mib, load_config, lvlm_flops, text_tokens_at
+
+PAPER_SAVED = 0.542
+"""Share of the FLOPs that TPRL, arXiv 2603.13394, says to save by keeping a third of the visual tokens."""
+
+
+def flops(
+    config: str,
+    /,
+    budgets: tuple[int, ...] = (),
+    text_tokens: int = 64,
+    generated_tokens: int = 1,
+    encoded_tokens: int | None = None,
+    cache_bytes: int = 2,
+) -> None:
+    """Print FLOPs and size of the KV cache of one prompt, unpruned and at every budget.
+
+    A multiply-add is 2 FLOPs; the pruner's own cost is not included.
+
+    Args:
+        config: a preset (llava-1.5-7b, llava-1.5-13b, qwen2.5-vl-3b, qwen2.5-vl-7b), a config.json, or the folder or
+            Hub id of a model.
+        budgets: visual tokens that are kept; a third, two ninths and a ninth of them unless given.
+        text_tokens: all other tokens of the prompt.
+        generated_tokens: tokens of the answer; 1 is the prefill alone.
+        encoded_tokens: visual tokens of the picture; needed where a model takes pictures of any size.
+        cache_bytes: of a number in the cache: 2 for bfloat16 and float16, 4 for float32.
+    """
+    model = load_config(config)
+    visual = encoded_by(model) if encoded_tokens is None else encoded_tokens
+    third = round(visual / 3)
+    budgets = budgets or (third, round(visual * 2 / 9), round(visual / 9))
+    if wrong := [budget for budget in budgets if not 0 <= budget <= visual]:
+        raise ValueError(f"budgets {wrong} are not allowed; 0 to the picture's {visual} visual tokens")
+    unpruned = lvlm_flops(model, visual, text_tokens, None, generated_tokens, visual)
+    answer = "prefill" if generated_tokens == 1 else f"prefill and {generated_tokens - 1} steps"
+    table = Table(title=f"{config}: {text_tokens} text tokens, {answer}; TFLOPs")
+    for name in ("visual tokens", "vision", "projector", "language", "total", "saved", "KV cache MiB"):
+        table.add_column(name, justify="right")
+    for count in (visual, *budgets):
+        costs = lvlm_flops(model, count, text_tokens, None, generated_tokens, visual)
+        parts = [f"{part / 1e12:.3f}" for part in (costs.vision, costs.projector, costs.language, costs.total)]
+        cache = kv_cache_mib(model, count + text_tokens + generated_tokens - 1, cache_bytes)
+        table.add_row(str(count), *parts, f"{costs.saved(unpruned):.1%}", f"{cache:.1f}")
+    console = Console()
+    console.print(table)
+    least = lvlm_flops(model, visual, 1, encoded_tokens=visual)
+    if lvlm_flops(model, third, 1, encoded_tokens=visual).saved(least) < PAPER_SAVED:
+        console.print(f"{visual} -> {third} visual tokens save less than {PAPER_SAVED:.1%} of a prefill at any length.")
+    else:
+        length = text_tokens_at(model, third, PAPER_SAVED, visual)
+        console.print(
+            f"{visual} -> {third} visual tokens save {PAPER_SAVED:.1%} of a prefill, TPRL's figure, with {length} text "
+            "tokens, and less with more."
+        )

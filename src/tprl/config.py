@@ -17,6 +17,7 @@ class PrunerConfig:
         policy_heads: attention heads of the trunk.
         threshold: keep probability above which a token stays when neither budget nor threshold is given.
         use_question: False hides the question from the policy (an ablation).
+        use_autoencoder: False lets the policy read the tokens themselves (an ablation).
     """
 
     width: int
@@ -28,6 +29,7 @@ class PrunerConfig:
     policy_heads: int = 4
     threshold: float = 0.5
     use_question: bool = True
+    use_autoencoder: bool = True
 
     @classmethod
     def paper(cls, width: int, fingerprint: str) -> "PrunerConfig":

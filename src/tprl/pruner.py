@@ -37,9 +37,8 @@ class TokenPruner(nn.Module):
         super().__init__()
         self.config = config
         self.autoencoder = TokenAutoencoder(config.width, config.autoencoder_hidden, config.latent)
-        self.policy = Policy(
-            config.latent, config.width, config.policy_hidden, config.policy_layers, config.policy_heads
-        )
+        latent = config.latent if config.use_autoencoder else config.width
+        self.policy = Policy(latent, config.width, config.policy_hidden, config.policy_layers, config.policy_heads)
         self.register_buffer("token_mean", torch.zeros(config.width))
         self.register_buffer("token_scale", torch.ones(()))
 
@@ -48,14 +47,31 @@ class TokenPruner(nn.Module):
         return (tokens.float() - self.token_mean) * self.token_scale
 
     def encode(self, tokens: Tensor) -> Tensor:
-        """Visual tokens ``(B, N, D)`` to latents ``(B, N, L)``."""
-        return self.autoencoder.encode(self.normalise(tokens))
+        """Visual tokens ``(B, N, D)`` to latents ``(B, N, L)``; ``L`` is ``D`` without the autoencoder."""
+        tokens = self.normalise(tokens)
+        return self.autoencoder.encode(tokens) if self.config.use_autoencoder else tokens
 
-    def look(self, latents: Tensor, visual: VisualTokens, state: Tensor) -> PolicyOutput:
-        """The policy's output for a state: ``state`` is bool ``(B, N)``, the tokens still held."""
-        query_mask = visual.query_mask & self.config.use_question
-        output: PolicyOutput = self.policy(latents, visual.coords, state, visual.query.float(), query_mask)
-        return output
+    def look(self, latents: Tensor, visual: VisualTokens, state: Tensor, rows: Tensor | None = None) -> PolicyOutput:
+        """The policy's output for states. Tokens that a state does not hold cost nothing; their logits are 0.
+
+        Args:
+            latents: ``(B, N, L)`` from ``encode``.
+            visual: ``B`` pictures and their questions.
+            state: bool ``(R, N)``, the tokens still held.
+            rows: int64 ``(R,)``, which picture each state belongs to; None where there is one state a picture.
+        """
+        rows = torch.arange(len(state), device=state.device) if rows is None else rows
+        order = state.int().argsort(dim=1, descending=True, stable=True)[:, : int(state.sum(1).max())]
+        held = state.gather(1, order)
+        output: PolicyOutput = self.policy(
+            latents[rows[:, None], order],
+            visual.coords[rows[:, None], order],
+            held,
+            visual.query[rows].float(),
+            visual.query_mask[rows] & self.config.use_question,
+        )
+        logits = output.logits.new_zeros(state.shape).scatter(1, order, output.logits * held)
+        return PolicyOutput(logits, output.state_value)
 
     def keep_probs(self, visual: VisualTokens) -> Tensor:
         """Probability that the question needs each token, float32 ``(B, N)``, 0 at padding."""

@@ -4,7 +4,7 @@ from importlib.metadata import PackageNotFoundError, files
 from pathlib import Path
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM, PreTrainedTokenizerBase
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerBase
 
 LAYERS = 8
 IMAGE_TOKEN = "<image>"
@@ -45,7 +45,10 @@ def load_base() -> tuple[LlamaForCausalLM, PreTrainedTokenizerBase]:
     tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
     model = AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=torch.float32)
     model.model.layers = model.model.layers[:LAYERS]
-    model.config.num_hidden_layers = LAYERS
+    # The weights are whole numbers no longer, so what the config says of the GGUF file would mislead whoever loads them.
+    about_file = ("quantization_config", "_name_or_path", "_model_name_or_path")
+    settings = {name: value for name, value in model.config.to_dict().items() if name not in about_file}
+    model.config = LlamaConfig(**settings | {"num_hidden_layers": LAYERS})
     tokenizer.add_special_tokens({"additional_special_tokens": [IMAGE_TOKEN]})
     tokenizer.chat_template = CHAT_TEMPLATE
     model.resize_token_embeddings(len(tokenizer), mean_resizing=False)

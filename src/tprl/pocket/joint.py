@@ -20,12 +20,22 @@ from tprl.checkpoint import load_checkpoint, load_optimizer, optimizer_tensors, 
 from tprl.data.scenes import FAMILIES, make_scene
 from tprl.lvlm.packing import pack
 from tprl.pocket.base import IMAGE_TOKEN, load_base
-from tprl.pocket.labels import GRID, IGNORE, SLOTS, UNITS, glyph_labels, patch_labels, presence
+from tprl.pocket.labels import GRID, SLOTS, UNITS, anchors, glyph_labels, patch_labels, presence
 from tprl.pocket.language import LANGUAGE, answer_loss
 from tprl.pocket.looking import Looking, relevant_patches
 from tprl.pocket.model import new_llava
 from tprl.pocket.questions import DESCRIBE, Tokens, draw_questions
-from tprl.pocket.tower import GLYPH_LAYER, TOWER, Tower, normalise, plain_attention, schedule, word_accuracy, word_loss
+from tprl.pocket.tower import (
+    GLYPH_LAYER,
+    TOWER,
+    Tower,
+    mark_loss,
+    normalise,
+    plain_attention,
+    schedule,
+    word_accuracy,
+    word_loss,
+)
 from tprl.pocket.words import blank_word, word_columns
 
 JOINT = "joint.safetensors"
@@ -51,22 +61,22 @@ class Pocket(nn.Module):
 
     Args:
         llava: see ``new_llava``.
-        tower: gives the read-outs of presence and glyphs.
+        tower: gives the read-outs of presence and marks.
     """
 
     def __init__(self, llava: LlavaForConditionalGeneration, tower: Tower) -> None:
         super().__init__()
-        self.llava, self.presence, self.glyphs = llava, tower.presence, tower.glyphs
+        self.llava, self.presence, self.marks = llava, tower.presence, tower.marks
 
     def see(self, pixels: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Pixels ``(B, 3, SIDE, SIDE)`` to visual tokens ``(B, N, D)``, pre-activations of the words
-        ``(B, N, UNITS)``, presence logits and glyph logits."""
+        ``(B, N, UNITS)``, presence logits and marks."""
         projector = self.llava.model.multi_modal_projector
         output = self.llava.model.vision_tower(pixels, output_hidden_states=True)
         hidden = projector.linear_1(output.last_hidden_state[:, 1:])
         visual = projector.linear_2(projector.act(hidden))
-        glyphs = self.glyphs(output.hidden_states[GLYPH_LAYER][:, 1:])
-        return visual, hidden[..., :UNITS], self.presence(output.pooler_output), glyphs
+        marks = self.marks(output.hidden_states[GLYPH_LAYER][:, 1:])
+        return visual, hidden[..., :UNITS], self.presence(output.pooler_output), marks
 
 
 def start(run: Path) -> tuple[Pocket, Tokens]:
@@ -117,25 +127,26 @@ def train_joint(run: Path, config: JointConfig) -> Iterator[dict[str, float]]:
         pixels = torch.from_numpy(np.stack([np.asarray(scene.render()) for scene in scenes]))
         labels = torch.from_numpy(np.stack([patch_labels(scene) for scene in scenes], 1)).long()
         glyphs = torch.from_numpy(np.stack([glyph_labels(scene) for scene in scenes])).long()
+        centres = torch.from_numpy(np.stack([anchors(scene) for scene in scenes]))
         present = torch.from_numpy(np.stack([presence(scene) for scene in scenes]))
         asked = [draw_questions(scene, tokens, rng, config.questions, FAMILY_WEIGHTS) for scene in scenes]
         packed = pack(tokens.before, everything, everything >= 0, GRID**2, [questions.blocks for questions in asked])
         for group in optimizer.param_groups:
             group["lr"] = group["rate"] * schedule(step, config.warmup_steps, config.steps)
         with torch.autocast("cpu", torch.bfloat16):
-            visual, units, presence_logits, glyph_logits = pocket.see(normalise(pixels))
+            visual, units, presence_logits, marks = pocket.see(normalise(pixels))
             answered, right = answer_loss(language, head, visual, packed)
             looked = looking.loss(packed, *relevant_patches(asked, labels))
         units = units.float().flatten(0, 1)
         named = word_loss(units, labels.flatten(1), [slot.weight for slot in SLOTS])
         known = nn.functional.binary_cross_entropy_with_logits(presence_logits.float(), present)
-        read = nn.functional.cross_entropy(glyph_logits.float().flatten(0, 1), glyphs.flatten(), ignore_index=IGNORE)
+        marked = mark_loss(marks, glyphs, centres)
         optimizer.zero_grad()
-        (answered + 0.3 * looked + 0.5 * named + 0.5 * known + 0.25 * read).backward()
+        (answered + 0.3 * looked + 0.5 * named + 0.5 * known + marked).backward()
         if not torch.isfinite(nn.utils.clip_grad_norm_(own.values(), 1.0)):
             raise RuntimeError(f"the gradient is not finite at step {step}")
         optimizer.step()
-        for name, value in (("loss", answered), ("look", looked), ("words", named), ("glyph", read)):
+        for name, value in (("loss", answered), ("look", looked), ("words", named), ("marks", marked)):
             seen[name].append(value.item())
         for name, value in word_accuracy(units.detach(), labels.flatten(1)).items():
             seen["see " + name].append(value)

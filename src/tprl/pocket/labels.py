@@ -46,9 +46,9 @@ _EDGES = ("left", "top", "right", "bottom")
 SLOTS = (
     Slot("kind", tuple(KINDS), own_direction=True, weight=4.0, gain=3.0),
     Slot("colour", tuple(COLOURS), own_direction=True, gain=1.5),
-    Slot("tens", _DIGITS, weight=4.0, gain=0.8),
-    Slot("ones", _DIGITS, weight=4.0, gain=0.8),
-    Slot("count", tuple("1234"), context=True, weight=2.0, gain=0.8),
+    Slot("tens", _DIGITS, weight=8.0, gain=0.8),
+    Slot("ones", _DIGITS, weight=8.0, gain=0.8),
+    Slot("count", tuple("1234"), context=True, weight=6.0, gain=0.8),
     Slot("column", THIRDS[0], weight=0.5),
     Slot("row", THIRDS[1], weight=0.5),
     Slot("nearest", tuple(KINDS), context=True, weight=1.5),
@@ -109,6 +109,15 @@ def glyph_labels(scene: Scene) -> np.ndarray:
             labels[own] = 1 + 10 * place + digit
             labels[(share > 0.02) & ~own & (seen == 0)] = IGNORE
             seen = np.maximum(seen, share * (share > 0.02))
+    return labels.reshape(-1)
+
+
+def anchors(scene: Scene) -> np.ndarray:
+    """The patch that holds each thing's centre, bool ``(GRID * GRID,)``: what can be counted, however large it is."""
+    labels = np.zeros((GRID, GRID), bool)
+    for thing in scene.things:
+        x, y = thing.centre
+        labels[int(y * GRID / SIDE), int(x * GRID / SIDE)] = True
     return labels.reshape(-1)
 
 

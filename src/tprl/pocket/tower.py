@@ -20,7 +20,7 @@ from transformers import AttentionInterface, CLIPVisionConfig, CLIPVisionModel
 
 from tprl.checkpoint import load_checkpoint, load_optimizer, optimizer_tensors, prefixed, save_checkpoint, with_prefix
 from tprl.data.scenes import COLOURS, KINDS, SIDE, make_scene
-from tprl.pocket.labels import GLYPHS, GRID, IGNORE, SLOTS, UNITS, glyph_labels, patch_labels, presence
+from tprl.pocket.labels import GLYPHS, GRID, IGNORE, SLOTS, UNITS, anchors, glyph_labels, patch_labels, presence
 
 TOWER = "tower.safetensors"
 GLYPH_LAYER = 3
@@ -51,17 +51,17 @@ class Tower(nn.Module):
         self.words = nn.Linear(self.vision.config.hidden_size, UNITS)
         nn.init.constant_(self.words.bias, NONE_LOGIT - 1)
         self.presence = nn.Linear(self.vision.config.hidden_size, len(KINDS) + len(COLOURS))
-        self.glyphs = nn.Linear(self.vision.config.hidden_size, GLYPHS)
+        self.marks = nn.Linear(self.vision.config.hidden_size, GLYPHS + 1)
         with torch.no_grad():
             positions = self.vision.get_parameter("embeddings.position_embedding.weight")
             positions[1:] = sincos_positions(GRID, positions.shape[1])
 
     def forward(self, pixels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Pixels ``(B, 3, SIDE, SIDE)`` to unit pre-activations ``(B, N, UNITS)``, presence logits, and logits of the
-        glyphs on each patch ``(B, N, GLYPHS)``, the latter from the middle of the tower."""
+        """Pixels ``(B, 3, SIDE, SIDE)`` to unit pre-activations ``(B, N, UNITS)``, presence logits, and, from the middle
+        of the tower, ``(B, N, GLYPHS + 1)`` logits of the glyph on each patch and of a thing's centre lying on it."""
         output = self.vision(pixels, output_hidden_states=True)
         middle = output.hidden_states[GLYPH_LAYER][:, 1:]
-        return self.words(output.last_hidden_state[:, 1:]), self.presence(output.pooler_output), self.glyphs(middle)
+        return self.words(output.last_hidden_state[:, 1:]), self.presence(output.pooler_output), self.marks(middle)
 
 
 def vision_config() -> CLIPVisionConfig:
@@ -100,6 +100,21 @@ def word_loss(units: Tensor, labels: Tensor, weights: list[float]) -> Tensor:
     return total / sum(weights)
 
 
+def mark_loss(marks: Tensor, glyphs: Tensor, centres: Tensor) -> Tensor:
+    """Cross-entropy of the glyphs and of the things' centres on patches.
+
+    Args:
+        marks: ``(B, N, GLYPHS + 1)`` logits, see ``Tower``.
+        glyphs: int64 ``(B, N)``.
+        centres: bool ``(B, N)``.
+    """
+    marks = marks.float()
+    glyph = nn.functional.cross_entropy(marks[..., :GLYPHS].flatten(0, 1), glyphs.flatten(), ignore_index=IGNORE)
+    rare = marks.new_tensor(20.0)
+    centre = nn.functional.binary_cross_entropy_with_logits(marks[..., GLYPHS], centres.float(), pos_weight=rare)
+    return glyph + 0.25 * centre
+
+
 def word_accuracy(units: Tensor, labels: Tensor) -> dict[str, float]:
     """Share of right words a slot, over the patches to which the slot applies."""
     none = units.new_full((len(units), 1), NONE_LOGIT)
@@ -111,8 +126,8 @@ def word_accuracy(units: Tensor, labels: Tensor) -> dict[str, float]:
     return scores
 
 
-class _Batches(Dataset[tuple[Tensor, Tensor, Tensor, Tensor]]):
-    """Batch ``step`` of freshly drawn training scenes: pixels uint8, labels, presence."""
+class _Batches(Dataset[tuple[Tensor, ...]]):
+    """Batch ``step`` of freshly drawn training scenes: pixels uint8, labels, glyphs, centres, presence."""
 
     def __init__(self, split: str, batch_size: int, first: int, last: int) -> None:
         self.split, self.batch_size, self.first, self.last = split, batch_size, first, last
@@ -120,14 +135,15 @@ class _Batches(Dataset[tuple[Tensor, Tensor, Tensor, Tensor]]):
     def __len__(self) -> int:
         return self.last - self.first
 
-    def __getitem__(self, index: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    def __getitem__(self, index: int) -> tuple[Tensor, ...]:
         start = (self.first + index) * self.batch_size
         scenes = [make_scene(self.split, i) for i in range(start, start + self.batch_size)]
         pixels = np.stack([np.asarray(scene.render()) for scene in scenes])
         labels = np.stack([patch_labels(scene) for scene in scenes], 1)
         glyphs = np.stack([glyph_labels(scene) for scene in scenes])
+        centres = np.stack([anchors(scene) for scene in scenes])
         present = np.stack([presence(scene) for scene in scenes])
-        return torch.from_numpy(pixels), torch.from_numpy(labels), torch.from_numpy(glyphs), torch.from_numpy(present)
+        return tuple(torch.from_numpy(array) for array in (pixels, labels, glyphs, centres, present))
 
 
 def normalise(pixels: Tensor) -> Tensor:
@@ -162,25 +178,24 @@ def train_tower(run: Path, config: TowerConfig) -> Iterator[dict[str, float]]:
 
     @torch.compile
     def losses(
-        pixels: Tensor, labels: Tensor, glyphs: Tensor, present: Tensor, weights: list[float]
+        pixels: Tensor, labels: Tensor, glyphs: Tensor, centres: Tensor, present: Tensor, weights: list[float]
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         with torch.autocast("cpu", torch.bfloat16):
-            units, presence_logits, glyph_logits = tower(pixels)
+            units, presence_logits, marks = tower(pixels)
         units = units.float().flatten(0, 1)
         cls_loss = nn.functional.binary_cross_entropy_with_logits(presence_logits.float(), present)
-        glyph_loss = nn.functional.cross_entropy(glyph_logits.float().flatten(0, 1), glyphs, ignore_index=IGNORE)
-        return word_loss(units, labels, weights), cls_loss, glyph_loss, units.detach()
+        return word_loss(units, labels, weights), cls_loss, mark_loss(marks, glyphs, centres), units.detach()
 
     loader = DataLoader(_Batches("train", config.batch_size, start, config.steps), batch_size=None, num_workers=1)
     clock = time.perf_counter()
-    for step, (pixels, labels, glyphs, present) in enumerate(loader, start):
+    for step, (pixels, labels, glyphs, centres, present) in enumerate(loader, start):
         for group in optimizer.param_groups:
             group["lr"] = config.learning_rate * schedule(step, config.warmup_steps, config.steps)
         flat = labels.long().flatten(1)
         weights = [slot.weight * (step >= config.context_from or not slot.context) for slot in SLOTS]
-        loss, cls_loss, glyph_loss, units = losses(normalise(pixels), flat, glyphs.long().flatten(), present, weights)
+        loss, cls_loss, marked, units = losses(normalise(pixels), flat, glyphs.long(), centres, present, weights)
         optimizer.zero_grad()
-        (loss + cls_loss + 0.5 * glyph_loss).backward()
+        (loss + cls_loss + 2 * marked).backward()
         norm = nn.utils.clip_grad_norm_(tower.parameters(), 1.0)
         if not torch.isfinite(norm):
             raise RuntimeError(f"the gradient is not finite at step {step}")
@@ -192,7 +207,7 @@ def train_tower(run: Path, config: TowerConfig) -> Iterator[dict[str, float]]:
                 "seconds_per_step": (time.perf_counter() - clock) / 20,
                 "loss": loss.item(),
                 "cls_loss": cls_loss.item(),
-                "glyph_loss": glyph_loss.item(),
+                "mark_loss": marked.item(),
                 **scores,
             }
             clock = time.perf_counter()

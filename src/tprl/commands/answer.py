@@ -1,0 +1,148 @@
+"""``tprl answer``: one question about one picture, answered with every visual token and with the few that matter."""
+
+import statistics
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from PIL import Image
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor
+
+from tprl.api import prune
+from tprl.commands.evaluate import SHIPPED_PRUNER
+from tprl.data.jsonl import read_image
+from tprl.draw import draw_kept, side_by_side
+from tprl.evaluate.flops import kv_cache_mib, lvlm_flops, module_flops
+from tprl.lvlm.model import Lvlm
+from tprl.pocket.assemble import open_lvlm
+from tprl.pruner import TokenPruner
+from tprl.types import VisualTokens
+
+MAX_NEW_TOKENS = 24
+TIMED_PREFILLS = 3
+
+
+@dataclass(frozen=True)
+class Answered:
+    """An answer and what it took: ``prefill_ms`` is the median of some prefills, the pruner and the tower inside."""
+
+    text: str
+    visual_tokens: int
+    flops: int
+    prefill_ms: float
+    kv_cache_mib: float
+
+
+def answer(
+    image: Path,
+    question: str,
+    *,
+    budget: int | None = None,
+    threshold: float | None = None,
+    picture: Path | None = None,
+    steps: bool = False,
+    model: str = "pocket-llava",
+    pruner: Path | None = None,
+    dtype: str = "auto",
+    device: str = "cpu",
+) -> None:
+    """Answer a question about a picture with and without pruning, and say what each took.
+
+    Args:
+        image: the picture's file.
+        question: what is asked.
+        budget: visual tokens to keep; by the pruner's threshold unless given.
+        threshold: keep probability above which a token stays; the pruner's calibrated one unless given.
+        picture: PNG file to draw the kept patches into.
+        steps: draw the way there too: all tokens, then a third, a ninth and a 27th of them.
+        model: "pocket-llava", or a folder or Hub id of a model.
+        pruner: folder of the pruner; the shipped one unless given.
+        dtype: of the model: "auto", "float32" or "bfloat16".
+        device: "cpu" or "cuda".
+    """
+    if not question.strip():
+        raise ValueError("the question is empty; ask something about the picture")
+    if budget is not None and threshold is not None:
+        raise ValueError("give --budget or --threshold, not both")
+    if threshold is not None and not 0 <= threshold <= 1:
+        raise ValueError(f"--threshold must lie in [0, 1], got {threshold}")
+    if budget is not None and budget < 1:
+        raise ValueError(f"--budget must be at least 1, got {budget}")
+    shown = read_image(image)
+    lvlm = open_lvlm(model, dtype, device)
+    policy = TokenPruner.from_pretrained(pruner or SHIPPED_PRUNER, lvlm.fingerprint).to(device)
+    if budget is None and threshold is None:
+        threshold = policy.config.threshold
+    visual = lvlm.visual_tokens(lvlm.encode_images([shown]), [question])
+    total = int(visual.mask.sum())
+    if budget is not None and budget > total:
+        raise ValueError(f"--budget {budget} is more than the picture's {total} visual tokens; allowed: 1 to {total}")
+    inputs = _inputs(lvlm, shown, question)
+    whole = _run(lvlm, inputs, total, pruner_flops=0)
+    own = module_flops(policy, visual.to("cpu"), method="keep_probs")
+    with prune(lvlm.model, policy, budget=budget, threshold=threshold, processor=lvlm.processor) as pruned:
+        cast(Any, lvlm.model)(**inputs)
+        indices = pruned.kept[0][0].indices
+        short = _run(lvlm, inputs, len(indices), own)
+    _print(question, total, whole, short)
+    if picture is not None:
+        keep = torch.zeros(total, dtype=torch.bool).index_fill(0, indices.cpu(), True)
+        _draw(shown, visual, keep, policy, short.text, steps).save(picture)
+        print(f"wrote {picture}")
+
+
+def _inputs(lvlm: Lvlm, image: Image.Image, question: str) -> Any:
+    processor = cast(Any, lvlm.processor)
+    user = {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": question}]}
+    text = processor.apply_chat_template([user], add_generation_prompt=True, tokenize=False)
+    return processor(text=[text], images=[[image]], return_tensors="pt").to(lvlm.device, lvlm.model.dtype)
+
+
+@torch.no_grad()
+def _run(lvlm: Lvlm, inputs: Any, visual_tokens: int, pruner_flops: int) -> Answered:
+    model = cast(Any, lvlm.model)
+    milliseconds = []
+    for _ in range(TIMED_PREFILLS + 1):
+        start = time.perf_counter()
+        model(**inputs, use_cache=True, logits_to_keep=1)
+        milliseconds.append(1000 * (time.perf_counter() - start))
+    ids = model.generate(**inputs, max_new_tokens=MAX_NEW_TOKENS, do_sample=False)
+    prompt = inputs["input_ids"]
+    text = cast(Any, lvlm.processor).decode(ids[0, prompt.shape[1] :], skip_special_tokens=True).strip()
+    words = int((prompt != model.config.image_token_id).sum())
+    encoded = int((prompt == model.config.image_token_id).sum())
+    flops = lvlm_flops(model.config, visual_tokens, words, encoded_tokens=encoded).total + pruner_flops
+    cache = kv_cache_mib(model.config, visual_tokens + words, model.dtype.itemsize)
+    return Answered(text, visual_tokens, flops, statistics.median(milliseconds[1:]), cache)
+
+
+def _print(question: str, total: int, whole: Answered, short: Answered) -> None:
+    table = Table("", "every token", "pruned", "saved", title=question)
+    table.add_row("answer", whole.text, short.text, "")
+    for name, unit, before, after in (
+        ("visual tokens", "", total, short.visual_tokens),
+        ("FLOPs", " G", whole.flops / 1e9, short.flops / 1e9),
+        ("prefill", " ms", whole.prefill_ms, short.prefill_ms),
+        ("KV cache", " MiB", whole.kv_cache_mib, short.kv_cache_mib),
+    ):
+        table.add_row(name, f"{before:.4g}{unit}", f"{after:.4g}{unit}", f"{1 - after / before:.1%}")
+    Console().print(table)
+
+
+def _draw(
+    image: Image.Image, visual: VisualTokens, keep: Tensor, policy: TokenPruner, text: str, steps: bool
+) -> Image.Image:
+    coords, total = visual.coords[0].cpu(), len(keep)
+    last = draw_kept(image, coords, keep, f"{int(keep.sum())} of {total} tokens: {text}")
+    if not steps:
+        return last
+    budgets = [total // 3, total // 9, total // 27]
+    frames = [draw_kept(image, coords, torch.ones_like(keep), f"all {total} tokens")]
+    for budget in [budget for budget in budgets if budget > int(keep.sum())]:
+        chosen = policy.select(visual, torch.tensor([budget])).keep_mask[0].cpu()
+        frames.append(draw_kept(image, coords, chosen, f"the {budget} likeliest"))
+    return side_by_side([*frames, last])

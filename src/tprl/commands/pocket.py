@@ -1,0 +1,69 @@
+"""``tprl pocket``: train pocket-llava from nothing, stage by stage, or say where it stands."""
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+from tprl.checkpoint import load_checkpoint, with_prefix
+from tprl.pocket.assemble import DELTA, pocket_llava, save_delta
+from tprl.pocket.base import load_base
+from tprl.pocket.joint import JOINT, JointConfig, start, train_joint
+from tprl.pocket.language import LanguageConfig, train_language
+from tprl.pocket.model import to_delta
+from tprl.pocket.tower import TowerConfig, train_tower
+
+STAGES = ("tower", "language", "joint")
+
+
+def path() -> None:
+    """Print the folder of pocket-llava; put it together first where it does not stand yet."""
+    print(pocket_llava())
+
+
+def train(run: Path, *, stages: str = ",".join(STAGES), seed: int = 0) -> None:
+    """Train pocket-llava; an interrupted stage goes on from its checkpoint.
+
+    The stages tower and language do not depend on each other and may run side by side, joint needs both.
+
+    Args:
+        run: folder of checkpoints and metrics.
+        stages: comma-separated, of tower, language, joint.
+        seed: all randomness follows from it.
+    """
+    names = [name.strip() for name in stages.split(",")]
+    if unknown := [name for name in names if name not in STAGES]:
+        raise ValueError(f"unknown stages {unknown}; known: {', '.join(STAGES)}")
+    run.mkdir(parents=True, exist_ok=True)
+    for name in names:
+        _log(run / f"{name}.jsonl", _training(name, run, seed))
+
+
+def pack(run: Path, *, out: Path = DELTA) -> None:
+    """Write the weights that the package ships, from a finished training.
+
+    Args:
+        run: folder of the training.
+        out: the file to write.
+    """
+    pocket, _ = start(run)
+    tensors, _ = load_checkpoint(run / JOINT)
+    pocket.load_state_dict(with_prefix(tensors, "model."), strict=False)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    save_delta(to_delta(pocket.llava, load_base()[0]), out)
+    print(f"wrote {out}, {out.stat().st_size / 1e6:.1f} MB")
+
+
+def _training(name: str, run: Path, seed: int) -> Iterator[dict[str, float]]:
+    if name == "tower":
+        return train_tower(run, TowerConfig(seed=seed))
+    if name == "language":
+        return train_language(run, LanguageConfig(seed=seed))
+    return train_joint(run, JointConfig(seed=seed))
+
+
+def _log(file: Path, metrics: Iterator[dict[str, float]]) -> None:
+    with file.open("a") as log:
+        for line in metrics:
+            log.write(json.dumps(line) + "\n")
+            log.flush()
+            print("  ".join(f"{name} {value:.3g}" for name, value in line.items()), flush=True)

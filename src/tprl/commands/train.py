@@ -1,0 +1,120 @@
+"""``tprl train``: the stages autoencoder, imitate and ppo, each alone or all."""
+
+import json
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Annotated
+
+import tyro
+from rich.console import Console
+from rich.table import Table
+
+from tprl.config import AutoencoderStage, ImitateStage, PpoStage, PrunerConfig, TrainConfig
+from tprl.data import load_source
+from tprl.pocket.assemble import cache_folder, open_lvlm
+from tprl.pruner import TokenPruner
+from tprl.run import RunFolder
+from tprl.train.pipeline import STAGES
+from tprl.train.pipeline import train as run_training
+
+QUICK = TrainConfig(
+    AutoencoderStage(steps=60, pictures=4),
+    ImitateStage(demonstrations=192, epochs=8, batch=16),
+    PpoStage(epochs=6, questions=16, rollouts=4),
+    samples=600,
+    validation=100,
+    save_every=10,
+)
+"""A training of about three minutes that shows every stage at work; far too short for a good pruner."""
+
+PAPER = TrainConfig(
+    AutoencoderStage(steps=10_000, pictures=1, learning_rate=1e-4),
+    ImitateStage(demonstrations=50_000, epochs=5, batch=128, learning_rate=5e-5),
+    PpoStage(
+        epochs=200, questions=64, rollouts=1, discount=0.5, baseline="critic", minibatch=16, update_epochs=4,
+        actor_learning_rate=1e-5, critic_learning_rate=3e-5, entropy_coeff=0.01,
+    ),
+    samples=50_000,
+)  # fmt: skip
+"""The values of TPRL, arXiv 2603.13394."""
+
+PRESETS = {"default": TrainConfig(), "quick": QUICK, "paper": PAPER}
+
+
+def train(
+    run: Path,
+    *,
+    model: str = "pocket-llava",
+    data: str = "scenes",
+    val_data: str | None = None,
+    images: Path | None = None,
+    skip_bad: bool = False,
+    stages: str = ",".join(STAGES),
+    preset: str = "default",
+    init: Path | None = None,
+    use_question: bool = True,
+    use_autoencoder: bool = True,
+    dtype: str = "auto",
+    device: str = "cpu",
+    cache: Path | None = None,
+    resume: bool = False,
+    overwrite: bool = False,
+    config: Annotated[TrainConfig | None, tyro.conf.arg(name="set")] = None,
+) -> None:
+    """Train a pruner; the result stands in RUN/pruner.
+
+    Args:
+        run: folder of the run.
+        model: "pocket-llava", or a folder or Hub id of a model.
+        data: "scenes", "easy-vqa", or a .jsonl file; its splits "train" and "val" are used.
+        val_data: other data whose split "val" is used.
+        images: picture folder of a .jsonl file; the file's own unless given.
+        skip_bad: leave out records of a .jsonl file that cannot be read.
+        stages: comma-separated, of autoencoder, imitate, ppo.
+        preset: "default", "quick" (minutes, shows every stage at work) or "paper".
+        init: folder of a pruner to start from.
+        use_question: --no-use-question hides the question from the policy.
+        use_autoencoder: --no-use-autoencoder lets the policy read the tokens themselves.
+        dtype: of the model: "auto", "float32" or "bfloat16".
+        device: "cpu" or "cuda".
+        cache: folder where encoded pictures are kept between runs; ~/.cache/tprl unless given.
+        resume: go on with the run in the folder.
+        overwrite: delete the run in the folder first.
+        config: settings in the place of the preset's.
+    """
+    if preset not in PRESETS:
+        raise ValueError(f"preset {preset!r} is not one of {', '.join(PRESETS)}")
+    settings = config or PRESETS[preset]
+    names = [name.strip() for name in stages.split(",")]
+    asked = {
+        "model": model, "data": data, "val_data": val_data, "stages": names, "init": str(init) if init else None,
+        "use_question": use_question, "use_autoencoder": use_autoencoder, "settings": asdict(settings),
+    }  # fmt: skip
+    sources = (
+        load_source(data, "train", settings.samples, skip_bad, images),
+        load_source(val_data or data, "val", settings.validation, skip_bad, images),
+    )
+    folder = RunFolder(run, asked, resume, overwrite)
+    lvlm = open_lvlm(model, dtype, device)
+    shape = PrunerConfig(lvlm.width, lvlm.fingerprint, use_question=use_question, use_autoencoder=use_autoencoder)
+    if preset == "paper":
+        shape = replace(
+            PrunerConfig.paper(lvlm.width, lvlm.fingerprint), use_question=use_question, use_autoencoder=use_autoencoder
+        )
+    start = TokenPruner.from_pretrained(init, lvlm.fingerprint) if init else None
+    run_training(folder, lvlm, sources, shape, settings, names, start, cache or cache_folder())
+    _print_summary(run)
+
+
+def _print_summary(run: Path) -> None:
+    """What the policy could do after each stage, on the validation samples."""
+    table = Table("stage", "figure", "value")
+    for line in (run / "metrics.jsonl").read_text().splitlines():
+        entry = json.loads(line)
+        stage = entry.pop("stage")
+        entry.pop("step")
+        if stage.startswith(("after-", "calibrated")):
+            for name, value in entry.items():
+                table.add_row(stage, name, f"{value:.4g}")
+    Console().print(table)
+    print(f"the pruner stands in {run / 'pruner'}")

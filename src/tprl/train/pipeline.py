@@ -1,0 +1,89 @@
+"""The whole training: autoencoder, demonstrations, imitation, PPO, calibration."""
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import torch
+
+from tprl.config import PrunerConfig, TrainConfig
+from tprl.data.sample import Source
+from tprl.demonstrations import make_teacher
+from tprl.lvlm.cache import EncodedSamples
+from tprl.lvlm.model import Lvlm
+from tprl.lvlm.signals import TOWER_SIGNALS
+from tprl.pruner import TokenPruner
+from tprl.run import RunFolder, Stage, fit
+from tprl.train import autoencoder, imitate, ppo
+from tprl.train.autoencoder import autoencoder_stage
+from tprl.train.calibrate import calibrate, one_shot, unpruned_accuracy
+from tprl.train.imitate import collect_demonstrations, imitate_stage
+from tprl.train.ppo import ppo_stage
+
+STAGES = (autoencoder.NAME, imitate.NAME, ppo.NAME)
+WATCHED_BUDGETS = (64, 32)
+
+
+def train(
+    run: RunFolder,
+    lvlm: Lvlm,
+    sources: tuple[Source, Source],
+    shape: PrunerConfig,
+    config: TrainConfig,
+    stages: Sequence[str] = STAGES,
+    start: TokenPruner | None = None,
+    cache: Path | None = None,
+) -> TokenPruner:
+    """Train a pruner for ``lvlm``; everything is kept in ``run``, the result in its folder ``pruner``.
+
+    Args:
+        sources: training and validation samples.
+        shape: of the pruner.
+        stages: which of ``STAGES`` to do, in their order.
+        start: a pruner that the first stage starts from instead of a fresh one.
+        cache: where visual tokens are kept between runs; the run's own folder unless given.
+
+    Raises:
+        ValueError: a stage is unknown.
+    """
+    if unknown := [name for name in stages if name not in STAGES]:
+        raise ValueError(f"unknown stages {unknown}; known: {', '.join(STAGES)}")
+    torch.manual_seed(config.seed)
+    pruner = start or TokenPruner(shape)
+    needs = frozenset().union(*(make_teacher(name, config.seed).needs for name in config.imitate.teachers))
+    folder = cache or run.folder / "cache"
+    data = EncodedSamples(lvlm, sources[0], folder, needs & TOWER_SIGNALS)
+    held_out = EncodedSamples(lvlm, sources[1], folder)
+    unpruned = unpruned_accuracy(held_out)
+    makers: dict[str, Callable[[], Stage]] = {
+        autoencoder.NAME: lambda: autoencoder_stage(pruner, data, config.autoencoder, config.seed),
+        imitate.NAME: lambda: imitate_stage(pruner, data, collect_demonstrations(run, data, config), config),
+        ppo.NAME: lambda: ppo_stage(pruner, data, config),
+    }
+    for name in STAGES:
+        if name not in stages:
+            continue
+        stage = makers[name]()
+        if stage.steps == 0:
+            continue
+        fit(run, stage, config.save_every)
+        pruner.eval()
+        run.rewind(f"after-{name}", -1)
+        run.log(f"after-{name}", 0, _look_at(pruner, held_out, unpruned) if name != autoencoder.NAME else {})
+        pruner.save_pretrained(run.folder / "stages" / name)
+    result = calibrate(pruner, held_out, unpruned, config.max_drop)
+    run.rewind("calibrated", -1)
+    run.log(
+        "calibrated",
+        0,
+        {"threshold": pruner.config.threshold, "kept": result.kept, "drop_points": result.drop_points},
+    )
+    pruner.save_pretrained(run.folder / "pruner")
+    return pruner
+
+
+def _look_at(pruner: TokenPruner, data: EncodedSamples, unpruned: torch.Tensor) -> dict[str, float]:
+    metrics = {"accuracy_unpruned": float(unpruned.mean())}
+    for budget in WATCHED_BUDGETS:
+        metrics[f"accuracy_at_{budget}"] = one_shot(pruner, data, unpruned, budget=budget).accuracy
+    above = one_shot(pruner, data, unpruned, threshold=0.5)
+    return metrics | {"accuracy_above_half": above.accuracy, "kept_above_half": above.kept}

@@ -8,6 +8,8 @@ from typing import Any
 
 import pytest
 import torch
+from PIL import Image
+from transformers import AutoModelForImageTextToText, AutoProcessor
 
 import tprl
 from lvlm.test_model import processor_of
@@ -134,3 +136,30 @@ def test_unprune_and_unknown_names(tiny: Tiny) -> None:
     assert HANDLE not in tiny.model.__dict__
     with pytest.raises(ValueError, match=r"unknown selector 'fastW'; known: random, .*, fastv"):
         tprl.prune(tiny.model, "fastW", budget=3)
+
+
+def test_the_documented_lines_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """LLaVA's on a tiny model; Qwen's, whose processor needs torchvision, are the same but for names and amount."""
+    tiny = make("llava", torch.float32)
+    tiny.model.save_pretrained(tmp_path)
+    processor_of("llava").save_pretrained(tmp_path)
+    document = (Path(__file__).parents[1] / "docs" / "your-model.md").read_text()
+    llava, qwen, trained = (block.partition("```")[0] for block in document.split("```python\n")[1:])
+    assert len(llava.splitlines()) == len(qwen.splitlines()) == 5
+    hub = {"llava-hf/llava-1.5-7b-hf": str(tmp_path), "Qwen/Qwen2.5-VL-7B-Instruct": str(tmp_path)}
+    picture = Image.new("RGB", (24, 24), "red")
+    content = [{"type": "image", "image": picture}, {"type": "text", "text": "what is it ?"}]
+    names: dict[str, Any] = {
+        "tprl": tprl, "AutoModelForImageTextToText": AutoModelForImageTextToText, "AutoProcessor": AutoProcessor,
+        "messages": [{"role": "user", "content": content}],
+    }  # fmt: skip
+    for block, kept_tokens in ((llava, 8), (qwen, 5)):
+        for name, path in hub.items():
+            block = block.replace(name, path)
+        exec(block.replace("budget=192", "budget=8"), names)
+        assert [kept.count for kept in names["pruned"].kept[0]] == [kept_tokens]
+        assert capsys.readouterr().out
+    pruner_for(tiny).save_pretrained(tmp_path / "pruner")
+    exec(trained.replace("runs/mine", str(tmp_path)).replace("budget=64", "budget=4"), names)
+    names["model"](**names["inputs"])
+    assert names["model"].__dict__[HANDLE].kept[0][0].count == 4

@@ -7,10 +7,10 @@ import torch
 from torch import Tensor
 
 from ragged import visual_tokens
-from tprl.demonstrations import demonstrate, nested_masks
+from tprl.demonstrations import demonstrate, make_teacher, nested_masks
 from tprl.env import Score
 from tprl.rewards import step_rewards
-from tprl.selectors import SELECTORS, make_selector
+from tprl.selectors import SELECTORS
 from tprl.selectors.base import check
 from tprl.types import Selection, VisualTokens
 
@@ -42,9 +42,9 @@ def with_signals(visual: VisualTokens) -> VisualTokens:
     return visual
 
 
-@pytest.mark.parametrize("name", SELECTORS)
+@pytest.mark.parametrize("name", ["text-attention", *SELECTORS])
 def test_each_step_is_chosen_among_what_the_one_before_kept(name: str) -> None:
-    visual, teacher = with_signals(visual_tokens([36, 16, 4], [3, 1, 2], 12)), make_selector(name)
+    visual, teacher = with_signals(visual_tokens([36, 16, 4], [3, 1, 2], 12)), make_teacher(name, 0)
     masks = nested_masks(teacher, visual, [12, 6, 3])
     assert masks.sum(2).tolist() == [[12, 12, 4], [6, 6, 4], [3, 3, 3]]
     held = visual.mask
@@ -83,6 +83,7 @@ def test_the_best_teacher_of_each_sample_wins_by_hand() -> None:
     assert torch.equal(found.trajectory.actions, found.trajectory.states[:, 1:])
     torch.testing.assert_close(found.trajectory.rewards, torch.tensor([[0.2, 0.2], [0.2, -0.8]]))
     assert found.trajectory.scores.tolist() == [[1, 1, 1], [1, 1, 0]]
+    torch.testing.assert_close(found.returns, torch.tensor([0.3, -0.2]))
     # the order in which teachers are named says who is who, and nothing else
     turned = demonstrate([right, left], visual, [2, 1], torch.ones(2), score, 1.0, 0.4, 0.5)
     assert turned.teacher.tolist() == [1, 0]
@@ -108,6 +109,7 @@ def test_no_teacher_would_have_done_better() -> None:
     for row, teacher in enumerate(found.teacher.tolist()):
         values = [value(nested_masks(other, visual, [4, 2]), row) for other in teachers]
         assert values[teacher] == max(values)
+        assert float(found.returns[row]) == pytest.approx(max(values), abs=1e-6)
         assert min(values) < max(values) or COUNTS[row] <= 2
         kept = found.trajectory.actions[row]
         assert torch.equal(kept, nested_masks(teachers[teacher], visual, [4, 2])[:, row])
@@ -122,3 +124,13 @@ def test_every_teacher_is_scored_in_one_call_with_all_steps() -> None:
 
     demonstrate([Order(range(8)), Order(range(8))], visual, [4, 2, 1], torch.zeros(3), score, 1.0, 0.1, 0.9)
     assert calls == [(3, 3, 8), (3, 3, 8)]
+
+
+def test_teachers_by_name() -> None:
+    assert [make_teacher(name, 0).name for name in ["text-attention", *SELECTORS]] == ["text-attention", *SELECTORS]
+    visual = visual_tokens([30], [1], 4)
+    keep = [make_teacher("random", seed).select(visual, torch.tensor([9])).keep_mask for seed in (0, 0, 1)]
+    assert torch.equal(keep[0], keep[1])
+    assert not torch.equal(keep[0], keep[2])
+    with pytest.raises(ValueError, match="unknown teacher 'fastv'; known: text-attention, random, "):
+        make_teacher("fastv", 0)

@@ -68,7 +68,7 @@ def leaks(module: str, source: str, is_package: bool = False) -> list[str]:
 
 def test_every_module_has_a_floor() -> None:
     rooms = {name.split(".")[1] for name in source_files() if name != "tprl"}
-    assert rooms == FLOORS.keys()
+    assert rooms <= FLOORS.keys()
 
 
 def test_floors_do_not_leak() -> None:

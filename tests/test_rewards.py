@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from tprl.rewards import discounted_returns, leave_one_out, step_rewards
+from tprl.rewards import discounted_returns, generalised_advantages, leave_one_out, step_rewards
 
 
 def test_an_episode_by_hand() -> None:
@@ -67,3 +67,26 @@ def test_discounted_returns(gamma: float) -> None:
     for t in range(5):
         expected = sum(gamma ** (k - t) * rewards[..., k] for k in range(t, 5))
         torch.testing.assert_close(returns[..., t], expected)
+
+
+@pytest.mark.parametrize(("gamma", "lam"), [(0.99, 0.95), (1.0, 1.0), (0.9, 0.0), (0.0, 0.5)])
+def test_generalised_advantages(gamma: float, lam: float) -> None:
+    """The sum of the paper's eq. 16, one step at a time."""
+    random = torch.Generator().manual_seed(0)
+    rewards, values = torch.randn(2, 3, 4, generator=random, dtype=torch.float64)
+    advantages = generalised_advantages(rewards, values, gamma, lam)
+    for row in range(3):
+        later = [*values[row, 1:].tolist(), 0.0]
+        delta = [float(rewards[row, t] + gamma * later[t] - values[row, t]) for t in range(4)]
+        expected = [sum((gamma * lam) ** (k - t) * delta[k] for k in range(t, 4)) for t in range(4)]
+        assert advantages[row].tolist() == pytest.approx(expected)
+
+
+def test_the_ends_of_generalised_advantages() -> None:
+    """With lambda 1 they are returns less values, and a critic that is right leaves none."""
+    random = torch.Generator().manual_seed(0)
+    rewards, values = torch.randn(2, 3, 4, generator=random, dtype=torch.float64)
+    returns = discounted_returns(rewards, 0.9)
+    torch.testing.assert_close(generalised_advantages(rewards, values, 0.9, 1.0), returns - values)
+    torch.testing.assert_close(generalised_advantages(rewards, returns, 0.9, 0.95), torch.zeros_like(rewards))
+    assert generalised_advantages(rewards, values, 0.9, 0.95).abs().min() > 1e-3

@@ -316,3 +316,63 @@ def test_uploading_is_saving_elsewhere(monkeypatch: pytest.MonkeyPatch, tmp_path
     assert make_pruner().push_to_hub("someone/pruner", private=True) == "hub/someone/pruner"
     loaded = TokenPruner.from_pretrained(tmp_path / "someone" / "pruner")
     assert torch.equal(loaded.keep_probs(batch()), make_pruner().keep_probs(batch()))
+
+
+# ---------------------------------------------------------------- a look at states in which tokens are missing
+
+
+def states() -> Tensor:
+    """Two states of the first picture, one of each other."""
+    held = torch.zeros(5, 12, dtype=torch.bool)
+    for row, tokens in enumerate([[1, 4, 5, 8], [0, 2], [0, 1, 2, 3, 4], [0], [2, 3, 7, 11, 6, 9]]):
+        held[row, tokens] = True
+    return held
+
+
+ROWS = torch.tensor([0, 0, 1, 2, 3])
+
+
+@pytest.mark.parametrize("settings", [{}, {"use_question": False}, {"use_autoencoder": False}])
+def test_a_look_at_a_state_is_a_look_at_what_it_holds(settings: dict[str, Any]) -> None:
+    pruner, visual, held = make_pruner(**settings), batch(), states()
+    output = pruner.look(pruner.encode(visual.tokens), visual, held, ROWS)
+    assert output.logits.shape == held.shape
+    assert (output.logits[~held] == 0).all()
+    for row, picture in enumerate(ROWS.tolist()):
+        left = alone(replace(visual, mask=held[row].expand(4, -1)), picture)
+        expected = pruner.look(pruner.encode(left.tokens), left, left.mask)
+        torch.testing.assert_close(output.logits[row, held[row]], expected.logits[0], rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(output.state_value[row], expected.state_value[0], rtol=1e-4, atol=1e-5)
+
+
+def test_without_rows_there_is_a_state_a_picture() -> None:
+    pruner, visual = make_pruner(), batch()
+    held, latents = states()[1:], pruner.encode(visual.tokens)
+    found = pruner.look(latents, visual, held)
+    expected = pruner.look(latents, visual, held, torch.arange(4))
+    assert all(torch.equal(*pair) for pair in zip(found, expected, strict=True))
+    other = pruner.look(latents, visual, held, torch.tensor([3, 1, 2, 3]))
+    assert not torch.allclose(other.state_value[0], found.state_value[0], atol=1e-3)
+
+
+def test_a_token_that_is_gone_is_gone() -> None:
+    """Neither its values nor its place reach the others, nor does a gradient reach it."""
+    pruner, visual = make_pruner(), batch()
+    latents = pruner.encode(visual.tokens).detach().requires_grad_()
+    before = pruner.look(latents, visual, states(), ROWS)
+    before.logits[states()].sum().backward(retain_graph=True)
+    before.state_value.sum().backward()
+    touched = torch.zeros(4, 12, dtype=torch.bool)
+    for row, picture in enumerate(ROWS.tolist()):
+        touched[picture] |= states()[row]
+    assert latents.grad is not None
+    assert torch.equal(latents.grad.abs().sum(-1) > 0, touched)
+    visual.coords[~touched] = 0.123
+    after = pruner.look(torch.where(touched[..., None], latents, 1e4), visual, states(), ROWS)
+    assert all(torch.equal(*pair) for pair in zip(before, after, strict=True))
+
+
+def test_without_the_autoencoder_the_policy_reads_the_tokens() -> None:
+    pruner, tokens = make_pruner(use_autoencoder=False), batch().tokens
+    assert torch.equal(pruner.encode(tokens), pruner.normalise(tokens))
+    assert pruner.policy.token_in.in_features == 12

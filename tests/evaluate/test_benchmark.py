@@ -84,6 +84,7 @@ def run(files: Path, out: str = "out", **options: Any) -> None:
     given = {
         "data": str(files / "world.jsonl"), "n": 12, "budgets": "8,3", "methods": "tprl,uniform",
         "model": str(files / "model"), "pruner": files / "pruner", "dtype": "float32", "cache": files / "cache",
+        "gallery": 0,
     }  # fmt: skip
     evaluate(files / out, **{**given, **options})
 
@@ -214,10 +215,11 @@ def test_resume_refuses_cells_of_another_run(lvlm: Lvlm, out: Path, methods: lis
 
 
 def test_the_command(files: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    run(files)
+    run(files, gallery=1)
     printed = capsys.readouterr().out
     assert printed.strip() == (files / "out" / "results.md").read_text().strip()
     assert printed.count("\n| ") == 1 + 5  # the heading, two methods under two budgets, and the threshold
+    assert len(json.loads((files / "out" / "gallery.json").read_text())["cases"]) == 1
     assert (files / "out" / "curves.png").stat().st_size > 10_000
     assert (files / "out" / "results.csv").read_text().count("\n") == 6
     first = json.loads((files / "out" / "results.json").read_text())
@@ -277,7 +279,7 @@ def test_the_headline_run_is_one_evaluation_a_set(files: Path, capsys: pytest.Ca
     (files / "other.jsonl").write_text((files / "world.jsonl").read_text())
     options: dict[str, Any] = {
         "n": 8, "budgets": "4", "methods": "uniform,fastv", "model": str(files / "model"), "dtype": "float32",
-        "cache": files / "cache",
+        "cache": files / "cache", "gallery": 0,
     }  # fmt: skip
     both = f"{files / 'world.jsonl'},{files / 'other.jsonl'}"
     benchmark(files / "out", data=both, **options)

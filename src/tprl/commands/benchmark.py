@@ -17,6 +17,7 @@ def benchmark(
     model: str = "pocket-llava",
     pruner: Path | None = None,
     threshold: float | None = None,
+    gallery: int = 12,
     seed: int = 0,
     dtype: str = "auto",
     device: str = "cpu",
@@ -36,6 +37,7 @@ def benchmark(
         model: "pocket-llava", or a folder or Hub id of a model.
         pruner: folder of the pruner that "tprl" stands for; the shipped one unless given.
         threshold: keep probability of the row without budget; the pruner's calibrated one unless given.
+        gallery: number of cases of each set to draw for the report; 0 for none.
         seed: of random methods and of the confidence intervals.
         dtype: "auto", "float32" or "bfloat16".
         device: "cpu" or "cuda".
@@ -51,6 +53,6 @@ def benchmark(
     for folder, name in sets.items():
         evaluate(
             out / folder, data=name, split=split, n=n, budgets=budgets, methods=methods, model=model, pruner=pruner,
-            threshold=threshold, seed=seed, dtype=dtype, device=device, cache=cache, resume=resume,
+            threshold=threshold, gallery=gallery, seed=seed, dtype=dtype, device=device, cache=cache, resume=resume,
             overwrite=overwrite,
         )  # fmt: skip

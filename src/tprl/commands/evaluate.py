@@ -5,6 +5,7 @@ from pathlib import Path
 import tprl
 from tprl.data import load_source
 from tprl.evaluate.benchmark import Benchmark
+from tprl.evaluate.gallery import write_gallery
 from tprl.evaluate.methods import check_names, make_methods
 from tprl.evaluate.tables import markdown_table, write_tables
 from tprl.pocket.assemble import open_lvlm
@@ -26,6 +27,7 @@ def evaluate(
     pruner: Path | None = None,
     threshold: float | None = None,
     threshold_row: bool = True,
+    gallery: int = 12,
     seed: int = 0,
     dtype: str = "auto",
     device: str = "cpu",
@@ -35,7 +37,7 @@ def evaluate(
     resume: bool = False,
     overwrite: bool = False,
 ) -> None:
-    """Measure methods under budgets and write results.json, results.csv, results.md and curves.png.
+    """Measure methods under budgets and write results.json, results.csv, results.md, curves.png and a gallery.
 
     Args:
         out: folder for the results.
@@ -48,6 +50,7 @@ def evaluate(
         pruner: folder of the pruner that "tprl" stands for; the shipped one unless given.
         threshold: keep probability of the row without budget; the pruner's calibrated one unless given.
         threshold_row: whether "tprl" gets a row without budget, where every question keeps as many as it needs.
+        gallery: number of cases to draw for the report; 0 for none.
         seed: of random methods and of the confidence intervals.
         dtype: "auto", "float32" or "bfloat16".
         device: "cpu" or "cuda".
@@ -65,8 +68,11 @@ def evaluate(
         fitting = TokenPruner.from_pretrained(pruner or SHIPPED_PRUNER, lvlm.fingerprint).to(lvlm.device)
     rows = make_methods(names, sizes, fitting, threshold, threshold_row, seed)
     source = load_source(data, split, n, skip_bad, images)
-    results = Benchmark(lvlm, model, source, rows, out, cache, seed, resume, overwrite).run()
+    run = Benchmark(lvlm, model, source, rows, out, cache, seed, resume, overwrite)
+    results = run.run()
     write_tables(results, out)
+    if gallery:
+        write_gallery(lvlm, source, rows, run.cells["unpruned"], run.cells, out, gallery)
     print(markdown_table(results))
 
 

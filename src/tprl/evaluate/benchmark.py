@@ -71,6 +71,9 @@ class Benchmark:
         resume: go on with what ``out`` holds.
         overwrite: throw away what ``out`` holds.
 
+    Attributes:
+        cells: what ``run`` measured or found, by label: "unpruned", "blind" and those of the methods.
+
     Raises:
         ValueError: ``out`` exists and neither ``resume`` nor ``overwrite`` is set, or both are, or a budget is not
             allowed, or ``out`` holds a cell that was made from something else.
@@ -101,6 +104,7 @@ class Benchmark:
             "samples": hashlib.sha256(samples.encode()).hexdigest()[:16],
             "seed": seed,
         }
+        self.cells: dict[str, Cell] = {}
         self._inputs: list[BatchFeature] = []
         if overwrite and out.exists():
             _clear(out)
@@ -112,14 +116,13 @@ class Benchmark:
         wanted |= {method.label: method for method in self.methods}
         for label, method in wanted.items():
             self.stored(label, method)  # a cell of another run shall be found before any work is done
-        cells: dict[str, Cell] = {}
         for number, (label, method) in enumerate(wanted.items(), 1):
             cell = self.stored(label, method)
             if cell is None:
                 cell = self._measure(label, method, f"{label} ({number} of {len(wanted)})")
                 self._store(label, method, cell)
-            cells[label] = cell
-        results = self._results(cells)
+            self.cells[label] = cell
+        results = self._results(self.cells)
         write_json(self.out / RESULTS, results)
         return results
 
@@ -312,11 +315,16 @@ def commit() -> str:
     return version("tprl")
 
 
-def write_json(path: Path, content: Any) -> None:
-    """Write ``content`` whole or not at all."""
+def write_text(path: Path, text: str) -> None:
+    """Write ``text`` whole or not at all."""
     partial = path.with_name(path.name + ".partial")
-    partial.write_text(json.dumps(content, indent=1) + "\n")
+    partial.write_text(text)
     partial.replace(path)
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Write ``content`` as JSON, whole or not at all."""
+    write_text(path, json.dumps(content, indent=1) + "\n")
 
 
 def _check_out(out: Path, resume: bool, overwrite: bool) -> None:

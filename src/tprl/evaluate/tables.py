@@ -2,6 +2,7 @@
 
 import csv
 import io
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -50,7 +51,7 @@ def markdown_table(results: dict[str, Any]) -> str:
         "| budget | method | tokens kept | accuracy | points lost (95 % interval) | FLOPs saved | prefill | KV cache |",
         "|---:|:---|---:|---:|---:|---:|---:|---:|",
     ]
-    for row in sorted(rows, key=lambda row: (-(row["budget"] or float("inf")), -row["accuracy"])):
+    for row in by_budget(rows):
         low, high = row["drop_ci95"]
         best = max(other["accuracy"] for other in rows if other["budget"] == row["budget"])
         mark = "**" if row["accuracy"] == best else ""
@@ -61,6 +62,11 @@ def markdown_table(results: dict[str, Any]) -> str:
             f"| {row['kv_cache_mib']:.1f} MiB |"
         )
     return "\n".join(lines) + "\n"
+
+
+def by_budget(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Rows by falling budget, those without one first, and by falling accuracy."""
+    return sorted(rows, key=lambda row: (-(row["budget"] or float("inf")), -row["accuracy"]))
 
 
 def draw_curves(results: dict[str, Any], axes: Axes) -> None:

@@ -5,7 +5,7 @@ tokens; what is dropped is chosen here from the attention that the eager decoder
 """
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import pytest
@@ -15,7 +15,8 @@ from transformers import DynamicCache, LlamaConfig, LlamaModel, StaticCache
 
 from tprl.lvlm.in_model import dropping, resumed
 from tprl.lvlm.packing import Block, pack
-from tprl.selectors.in_model import FastV
+from tprl.selectors.in_model import Dart, FastV, LayerView, PyramidDrop
+from tprl.types import Selection
 
 FAR, LAYERS = 1e-2, 4
 
@@ -248,6 +249,66 @@ def test_a_packed_batch_decides_by_the_question_not_by_the_answer() -> None:
             expected = model(inputs_embeds=single).last_hidden_state[0]
         assert torch.equal(alone.kept[0][0], kept[0][row, :end])
         assert (hidden[0][row, :end] - expected).abs().max() < 1e-10
+
+
+def test_pyramiddrop_cuts_again_and_again() -> None:
+    """Each stage chooses by the layer ahead, which still sees what the stage before left; a step on the cache too."""
+    model, batch, method = decoder(), Batch(), PyramidDrop()
+    eager = decoder("eager")
+    eager.load_state_dict(model.state_dict())
+    budgets, cache = torch.tensor([2, 1, 3]), DynamicCache()
+    new = torch.randn(3, 1, 32, generator=torch.Generator().manual_seed(4)).double()
+    with dropping(model, method, visual=batch.visual, last=batch.last, budgets=budgets) as dropped:
+        hidden = model(**batch.inputs(), past_key_values=cache).last_hidden_state
+        mask = torch.nn.functional.pad(batch.real, (0, 1), value=True)[:, None, None]
+        step = model(
+            inputs_embeds=new, position_ids=batch.positions[:, -1:] + 1, attention_mask=mask, past_key_values=cache
+        ).last_hidden_state
+    counts = [count.tolist() for count in method.stage_budgets(batch.visual.sum(1), budgets)]
+    assert [kept.sum(1).tolist() for kept in dropped.kept] == counts
+    assert counts == [[5, 3, 5], [3, 2, 4], [2, 1, 3]]
+    with ExitStack() as hidings:
+        held = batch.visual
+        for stage, kept, count in zip(method.stages(LAYERS), dropped.kept, counts, strict=True):
+            weights = eager(**batch.inputs(additive(batch.mask, torch.float64)), output_attentions=True).attentions
+            for row, last in enumerate(batch.last.tolist()):
+                places = held[row].nonzero()[:, 0]
+                best = weights[stage.watch][row, :, last].mean(0)[places].topk(count[row]).indices
+                assert kept[row].nonzero()[:, 0].tolist() == places[best].sort().values.tolist()
+            for each in (model, eager):
+                hidings.enter_context(hiding(each, stage.drop, batch.visual & ~kept))
+            held = kept
+        whole = model(**batch.inputs(), past_key_values=(uncut := DynamicCache())).last_hidden_state
+        expected = model(
+            inputs_embeds=new, position_ids=batch.positions[:, -1:] + 1, attention_mask=mask, past_key_values=uncut
+        ).last_hidden_state
+    shown = batch.real & ~(batch.visual & ~held)
+    assert (hidden[shown] - whole[shown]).abs().max() < 1e-10
+    assert (step - expected).abs().max() < 1e-10
+    assert (hidden[shown] - model(**batch.inputs()).last_hidden_state[shown]).abs().max() > FAR
+
+
+def test_dart_is_shown_the_layers_own_keys_and_inputs() -> None:
+    model, batch, views = decoder(), Batch(), []
+
+    class Watched(Dart):
+        def select(self, stage: int, view: LayerView, budget: Tensor) -> Selection:
+            views.append(view)
+            return super().select(stage, view, budget)
+
+    cache, entered = DynamicCache(), []
+    hook = model.layers[2].register_forward_pre_hook(lambda module, args: entered.append(args[0]))
+    model(**batch.inputs(), past_key_values=cache)
+    hook.remove()
+    with dropping(model, Watched(2), visual=batch.visual, last=batch.last, budgets=torch.tensor([5, 2, 3])) as dropped:
+        model(**batch.inputs())
+    (view,) = views
+    assert dropped.kept[0].sum(1).tolist() == [5, 2, 3]
+    assert torch.equal(view.hidden, entered[0])
+    assert (view.keys() - cache.layers[2].keys.transpose(1, 2).flatten(2)).abs().max() < 1e-5
+    assert torch.equal(view.visual, batch.visual)
+    before = torch.arange(16) <= batch.last[:, None]
+    assert torch.equal(view.text, batch.real & ~batch.visual & before)
 
 
 def test_what_is_refused() -> None:

@@ -98,7 +98,9 @@ def test_names() -> None:
         "random", "uniform", "fastervlm", "visionzip", "vispruner", "prumerge+", "divprune", "cdpruner"
     ]  # fmt: skip
     assert all(make_selector(name).name == name for name in SELECTORS)
-    with pytest.raises(ValueError, match=r"unknown selector 'fastw'; known: random, uniform, .*, cdpruner, fastv"):
+    with pytest.raises(
+        ValueError, match=r"unknown selector 'fastw'; known: random, uniform, .*, cdpruner, fastv, pyramiddrop, dart"
+    ):
         make_selector("fastw")
 
 

@@ -213,7 +213,9 @@ def test_a_ragged_batch_equals_each_sample_alone(tiny: Tiny, side: str) -> None:
         for row, prompt in enumerate(BATCH):
             alone = tiny.batch(prompt, skip=first)
             first += prompt.count("I")
-            assert gap(together[row, mask[row]], tiny.model(**alone).logits[0]) < 1e-9
+            single = tiny.model(**alone).logits[0]
+            assert gap(together[row, mask[row]], single) < 1e-9
+            assert gap(together[row, mask[row]], single.roll(1, 0)) > FAR
             if side == "left":
                 tokens, logits = generated(tiny, alone)
                 assert torch.equal(decoded[0][row], tokens[0])
@@ -282,6 +284,8 @@ def test_a_second_turn_goes_on_from_the_cache(tiny: Tiny, positions: Any) -> Non
     expected = reference(tiny, inputs, hidden, continuation).float()
     assert gap(torch.stack(second.logits, 1), expected[:, new - 1 : new + 3]) < 1e-5
     assert gap(torch.stack(third.logits, 1), expected[:, whole - 1 :]) < 1e-5
+    unhidden = reference(tiny, inputs, torch.zeros_like(hidden), continuation).float()
+    assert gap(torch.stack(third.logits, 1), unhidden[:, whole - 1 :]) > FAR
 
 
 @pytest.mark.parametrize("side", ["left", "right"])
@@ -296,15 +300,15 @@ def test_a_hand_written_loop_goes_on_from_the_cache(tiny: Tiny, side: str) -> No
             given = {"attention_mask": mask} if step != 1 else {}
             token = continuation[:, step : step + 1]
             steps.append(tiny.model(input_ids=token, past_key_values=cache, use_cache=True, **given).logits)
-    if side == "left":
-        hidden = dropped(tiny, pruning, inputs["input_ids"])
-        expected = reference(tiny, inputs, hidden, continuation)[:, -3:]
-    else:
+    left = tiny.batch(*BATCH)
+    if side == "right":
         with prune(tiny.model, Norms(), keep_ratio=0.4) as pruning:
-            left = tiny.batch(*BATCH)
             tiny.model(**left)
-        expected = reference(tiny, left, dropped(tiny, pruning, left["input_ids"]), continuation)[:, -3:]
+    hidden = dropped(tiny, pruning, left["input_ids"])
+    expected = reference(tiny, left, hidden, continuation)[:, -3:]
     assert gap(torch.cat(steps, 1), expected) < 1e-9
+    unhidden = reference(tiny, left, torch.zeros_like(hidden), continuation)[:, -3:]
+    assert gap(torch.cat(steps, 1), unhidden) > FAR
 
 
 def test_labels_give_the_masked_models_loss(tiny: Tiny) -> None:

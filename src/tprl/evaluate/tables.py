@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 COLOURS = {
     "tprl": "#c2410c", "random": "#9ca3af", "uniform": "#6b7280", "fastervlm": "#2563eb", "visionzip": "#0891b2",
     "vispruner": "#7c3aed", "prumerge+": "#a16207", "divprune": "#059669", "cdpruner": "#db2777",
-    "fastv": "#1d4ed8", "sparsevlm": "#4d7c0f", "pyramiddrop": "#b45309", "dart": "#6d28d9",
+    "fastv": "#a21caf", "sparsevlm": "#4d7c0f", "pyramiddrop": "#b45309", "dart": "#111827",
 }  # fmt: skip
 """One colour a method, the same in every picture."""
 
@@ -101,4 +101,4 @@ def draw_curves(results: dict[str, Any], axes: Axes) -> None:
     axes.set_ylabel("accuracy (%)")
     axes.grid(color="#e5e7eb", linewidth=0.7)
     axes.spines[["top", "right"]].set_visible(False)
-    axes.legend(frameon=False, fontsize=8, ncols=2, loc="lower right")
+    axes.legend(frameon=False, fontsize=9, loc="center left", bbox_to_anchor=(1, 0.5))

@@ -1,0 +1,185 @@
+"""One HTML page about a folder of results: no network, no scripts, everything inside."""
+
+import base64
+import io
+import json
+import re
+from collections.abc import Sequence
+from itertools import groupby
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+from jinja2 import Environment, PackageLoader, StrictUndefined
+from markupsafe import Markup
+from matplotlib.figure import Figure
+
+from tprl.evaluate.benchmark import RESULTS, write_text
+from tprl.evaluate.gallery import RIGHT
+from tprl.evaluate.tables import COLOURS, by_budget, draw_curves
+
+METRICS = "metrics.jsonl"
+KINDS = {
+    "lost": "Right with every token, wrong after pruning",
+    "kept": "Right with every token, and still right",
+    "beyond": "Wrong even with every token",
+}
+Row = dict[str, Any]
+
+
+def write_report(folder: Path, run: Path | None, out: Path) -> None:
+    """Write the page.
+
+    Args:
+        folder: of ``tprl evaluate``, or of ``tprl benchmark``, which holds a folder for each set of questions.
+        run: of a training, for its curves; None looks for ``metrics.jsonl`` in ``folder``.
+        out: the page.
+
+    Raises:
+        FileNotFoundError: ``folder`` holds no results, or ``run`` no metrics.
+        ValueError: a file is not what these commands write.
+    """
+    places = [folder] if (folder / RESULTS).is_file() else sorted(path.parent for path in folder.glob(f"*/{RESULTS}"))
+    if not places:
+        raise FileNotFoundError(f"there is no {RESULTS} in {folder} or in a folder in it; `tprl evaluate` writes one")
+    metrics = (run or folder) / METRICS
+    if run and not metrics.is_file():
+        raise FileNotFoundError(f"there is no {METRICS} in {run}; `tprl train` writes one")
+    environment = Environment(
+        loader=PackageLoader("tprl", "assets"),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    page = environment.get_template("report.html.j2").render(
+        sections=[_section(place) for place in places],
+        training=_svg(draw_training(_metrics(metrics)), METRICS) if metrics.is_file() else None,
+        colours=COLOURS,
+        kinds=KINDS,
+        right=RIGHT,
+    )
+    write_text(out, page)
+
+
+def headlines(rows: Sequence[Row]) -> list[tuple[str, str]]:
+    """A few large figures and what they say, about TPRL if it is among the methods, else about the first one."""
+    name = "tprl" if any(row["method"] == "tprl" for row in rows) else rows[0]["method"]
+    own = {row["budget"]: row for row in rows if row["method"] == name}
+    figures = []
+    if None in own:
+        figures.append(
+            (f"{own[None]['kept_mean']:.0f}", f"tokens kept on average where each question decides, {_lost(own[None])}")
+        )
+    budgets = sorted((budget for budget in own if budget is not None), reverse=True)
+    for budget in budgets[:1]:
+        figures.append((f"{own[budget]['flops_saved']:.1%}", f"fewer FLOPs at {budget} tokens, {_lost(own[budget])}"))
+        figures.append((f"{own[budget]['speedup']:.2f}\u00d7", f"prefill speed at {budget} tokens, pruner included"))
+    for budget in budgets[-1:]:
+        others = [row for row in rows if row["budget"] == budget and row["method"] != name]
+        if others:
+            best = max(others, key=lambda row: row["accuracy"])
+            gap = 100 * (own[budget]["accuracy"] - best["accuracy"])
+            figures.append((f"{gap:+.1f}", f"points against {best['method']}, the best other at {budget} tokens"))
+    return figures
+
+
+def dropped_path(kept: Sequence[int], rows: int, columns: int) -> str:
+    """The patches that are not in ``kept`` as an SVG path in units of patches, runs of a row in one rectangle."""
+    held, parts = set(kept), []
+    for row in range(rows):
+        cells = [(column, row * columns + column in held) for column in range(columns)]
+        for is_kept, run in groupby(cells, key=lambda cell: cell[1]):
+            run = list(run)
+            if not is_kept:
+                parts.append(f"M{run[0][0]} {row}h{len(run)}v1h-{len(run)}z")
+    return "".join(parts)
+
+
+def draw_training(entries: Sequence[Row]) -> Figure:
+    """Every metric of every stage over its steps, one small plot each."""
+    curves: dict[tuple[str, str], list[tuple[float, float]]] = {}
+    for entry in entries:
+        for name, value in entry.items():
+            if name not in ("stage", "step") and isinstance(value, int | float):
+                curves.setdefault((entry["stage"], name), []).append((entry["step"], value))
+    curves = {title: points for title, points in curves.items() if len(points) > 1}
+    lines = max(1, -(-len(curves) // 4))
+    figure = Figure(figsize=(10, 1.75 * lines), layout="constrained")
+    grid = figure.subplots(lines, 4, squeeze=False).flat
+    for axes, ((stage, name), points) in zip(grid, curves.items(), strict=False):
+        axes.plot(*zip(*points, strict=True), color="#c2410c", linewidth=1.1)
+        axes.set_title(f"{stage} \u00b7 {name.replace('_', ' ')}", fontsize=8.5, loc="left", color="#374151")
+        axes.tick_params(labelsize=7, length=2, color="#9ca3af", labelcolor="#6b7280")
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.spines[["left", "bottom"]].set_color("#d1d5db")
+    for axes in list(figure.axes)[len(curves) :]:
+        axes.set_axis_off()
+    return figure
+
+
+def _section(place: Path) -> dict[str, Any]:
+    """What the template wants to know of one set of questions."""
+    results = _json(place / RESULTS, "rows")
+    rows: list[Row] = results["rows"]
+    gallery = _json(place / "gallery.json", "cases")["cases"] if (place / "gallery.json").is_file() else []
+    figure = Figure(figsize=(9.4, 5.2), layout="constrained")
+    draw_curves(results, figure.subplots())
+    budgets = sorted({row["budget"] for row in rows if row["budget"] is not None}, reverse=True)
+    ordered = by_budget(rows)
+    return {
+        "results": results,
+        "first": rows[0],
+        "groups": [(budget, list(group)) for budget, group in groupby(ordered, key=lambda row: row["budget"])],
+        "headlines": headlines(rows),
+        "curves": _svg(figure, place.name),
+        "threshold": next((row for row in rows if row["budget"] is None), None),
+        "families": [(budget, [row for row in ordered if row["budget"] == budget]) for budget in budgets],
+        "cases": [_drawn(case, place) for case in gallery],
+    }
+
+
+def _drawn(case: dict[str, Any], place: Path) -> dict[str, Any]:
+    """A case of the gallery with its picture and overlays inside."""
+    picture = base64.b64encode((place / case["picture"]).read_bytes()).decode()
+    methods = [
+        {**part, "dropped": dropped_path(part["kept"], case["rows"], case["columns"])} for part in case["methods"]
+    ]
+    return {**case, "data": f"data:image/jpeg;base64,{picture}", "methods": methods}
+
+
+def _lost(row: Row) -> str:
+    points = row["drop_points"]
+    if abs(points) < 0.05:
+        return "no accuracy lost"
+    return f"{abs(points):.1f} points of accuracy {'lost' if points > 0 else 'gained'}"
+
+
+def _svg(figure: Figure, salt: str) -> Markup:
+    """A figure as inline SVG whose ids, made with ``salt``, do not meet those of another one."""
+    text = io.StringIO()
+    with matplotlib.rc_context({"svg.hashsalt": salt, "svg.fonttype": "none", "font.family": "sans-serif"}):
+        figure.savefig(text, format="svg", transparent=True, metadata={"Date": None})
+    svg = text.getvalue()
+    return Markup(re.sub(r'<g id="[^"]+"', "<g", svg[svg.index("<svg") :]))  # groups are numbered alike in all figures
+
+
+def _json(path: Path, key: str) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_text())
+    except ValueError as error:
+        raise ValueError(f"{path} is not JSON: {error}") from error
+    if not isinstance(content, dict) or not isinstance(content.get(key), list):
+        raise ValueError(f"{path} has no list {key!r}; it was not written by `tprl evaluate`")
+    return content
+
+
+def _metrics(path: Path) -> list[Row]:
+    entries = []
+    for number, line in enumerate(path.read_text().splitlines(), 1):
+        try:
+            entry = json.loads(line)
+            entries.append({**entry, "stage": str(entry["stage"]), "step": int(entry["step"])})
+        except (ValueError, TypeError, KeyError) as error:
+            raise ValueError(f"{path}:{number} is no line of training metrics: {error!r}") from error
+    return entries

@@ -25,3 +25,13 @@ test: setup
 
 test-slow: setup
 	$(PYTHON) -m pytest -m slow
+
+# Answers a question, draws what was kept, trains all three stages for a moment and measures the shipped pruner.
+QUICK := runs/quickstart
+quickstart: setup
+	rm -rf $(QUICK) && mkdir -p $(QUICK)
+	$(VENV)/bin/tprl data make --out $(QUICK)/pictures --split test --n 10
+	$(VENV)/bin/tprl answer $(QUICK)/pictures/0.png "$$($(PYTHON) -c 'from tprl.data import load_source; print(load_source("scenes", "test", 2).samples[1].question)')" --picture $(QUICK)/kept.png --steps
+	$(VENV)/bin/tprl train $(QUICK)/train --preset quick
+	$(VENV)/bin/tprl evaluate $(QUICK)/results --n 200 --budgets 192,64,32 --methods tprl,random,uniform,fastervlm,divprune,fastv
+	@echo "pictures and results are in $(QUICK)"

@@ -1,0 +1,109 @@
+"""Run folders and the loop that can be killed anywhere."""
+
+import json
+import os
+import signal
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from tprl.run import RunFolder, Stage, fit
+
+STEPS = 7
+
+
+def make_stage(steps: int = STEPS, stop_at: int | None = None, poison_at: int | None = None) -> Stage:
+    """A regression whose data depend on the step's number alone."""
+    torch.manual_seed(0)
+    module = nn.Linear(3, 2)
+    optimizer = torch.optim.AdamW(module.parameters(), lr=0.1)
+
+    def update(step: int) -> dict[str, float]:
+        if step == stop_at:
+            os.kill(os.getpid(), signal.SIGTERM)
+        generator = torch.Generator().manual_seed(step)
+        rows = torch.randn(5, 3, generator=generator)
+        loss = (module(rows) - rows[:, :2]).pow(2).mean()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        return {"loss": float("nan") if step == poison_at else loss.item()}
+
+    return Stage("toy", steps, module, optimizer, update)
+
+
+def metrics(folder: Path) -> list[dict[str, float]]:
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def uninterrupted(folder: Path) -> tuple[list[dict[str, float]], torch.Tensor]:
+    stage = make_stage()
+    fit(RunFolder(folder, {}), stage, save_every=2)
+    return metrics(folder), stage.module.weight.detach()
+
+
+@pytest.mark.parametrize("died_after", range(1, STEPS))
+def test_a_resumed_run_ends_as_one_that_never_stopped(tmp_path: Path, died_after: int) -> None:
+    lines, weight = uninterrupted(tmp_path / "whole")
+    fit(RunFolder(tmp_path / "broken", {}), make_stage(died_after), save_every=2)
+    if died_after % 2:  # as if killed before that checkpoint was written
+        (tmp_path / "broken" / "checkpoints" / f"toy-{died_after:06d}.safetensors").unlink()
+    with (tmp_path / "broken" / "metrics.jsonl").open("a") as file:
+        file.write('{"stage": "toy", "st')  # killed while writing
+    stage = make_stage()
+    fit(RunFolder(tmp_path / "broken", {}, resume=True), stage, save_every=2)
+    assert metrics(tmp_path / "broken") == lines
+    assert torch.equal(stage.module.weight, weight)
+
+
+def test_sigterm_saves_and_leaves(tmp_path: Path) -> None:
+    lines, weight = uninterrupted(tmp_path / "whole")
+    with pytest.raises(SystemExit) as stopped:
+        fit(RunFolder(tmp_path / "run", {}), make_stage(stop_at=2), save_every=100)
+    assert stopped.value.code == 128 + signal.SIGTERM
+    assert [path.name for path in (tmp_path / "run" / "checkpoints").iterdir()] == ["toy-000003.safetensors"]
+    stage = make_stage()
+    fit(RunFolder(tmp_path / "run", {}, resume=True), stage, save_every=100)
+    assert metrics(tmp_path / "run") == lines
+    assert torch.equal(stage.module.weight, weight)
+
+
+def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    lines, weight = uninterrupted(tmp_path / "whole")
+    fit(RunFolder(tmp_path / "run", {}), make_stage(4), save_every=2)
+    newest = tmp_path / "run" / "checkpoints" / "toy-000004.safetensors"
+    newest.write_bytes(newest.read_bytes()[:-3])
+    stage = make_stage()
+    fit(RunFolder(tmp_path / "run", {}, resume=True), stage, save_every=2)
+    assert "toy-000004.safetensors" in capsys.readouterr().err
+    assert metrics(tmp_path / "run") == lines
+    assert torch.equal(stage.module.weight, weight)
+
+
+def test_values_that_are_not_finite_stop_the_run_and_are_saved(tmp_path: Path) -> None:
+    with pytest.raises(FloatingPointError, match=r"update 4 of toy .* loss"):
+        fit(RunFolder(tmp_path / "run", {}), make_stage(poison_at=3), save_every=2)
+    assert len(metrics(tmp_path / "run")) == 3
+    assert list((tmp_path / "run").glob("not-finite-toy-000004.safetensors"))
+
+
+def test_only_the_newest_two_checkpoints_stay(tmp_path: Path) -> None:
+    fit(RunFolder(tmp_path / "run", {}), make_stage(), save_every=1)
+    names = sorted(path.name for path in (tmp_path / "run" / "checkpoints").iterdir())
+    assert names == ["toy-000006.safetensors", "toy-000007.safetensors"]
+
+
+def test_a_folder_is_not_reused_by_accident(tmp_path: Path) -> None:
+    RunFolder(tmp_path / "run", {"seed": 1})
+    with pytest.raises(ValueError, match="exists; --resume goes on with it, --overwrite deletes it"):
+        RunFolder(tmp_path / "run", {"seed": 1})
+    with pytest.raises(ValueError, match="other settings of seed"):
+        RunFolder(tmp_path / "run", {"seed": 2}, resume=True)
+    with pytest.raises(ValueError, match="not both"):
+        RunFolder(tmp_path / "run", {"seed": 1}, resume=True, overwrite=True)
+    RunFolder(tmp_path / "run", {"seed": 2}, overwrite=True)
+    assert json.loads((tmp_path / "run" / "config.json").read_text()) == {"seed": 2}

@@ -1,0 +1,116 @@
+"""PPO against slow re-statements, and whether it solves a puzzle."""
+
+from dataclasses import replace
+from typing import Any, cast
+
+import pytest
+import torch
+
+from tprl.config import PpoStage, TrainConfig
+from tprl.train.ppo import Rollouts, advantages, improve, ppo_loss, ppo_stage, roll_out
+from train.puzzle import COUNT, Puzzle, make_pruner
+
+SETTINGS = PpoStage(questions=6, rollouts=4, minibatch=24, update_epochs=1, discount=0.8)
+INDICES = list(range(6))
+
+
+def rollouts(settings: PpoStage = SETTINGS, seed: int = 0) -> tuple[Any, Rollouts]:
+    pruner = make_pruner()
+    return pruner, roll_out(pruner, cast(Any, Puzzle()), INDICES, settings, torch.Generator().manual_seed(seed))
+
+
+def test_the_action_that_acted_is_the_action_that_is_stored() -> None:
+    _, rolled = rollouts()
+    trajectory = rolled.trajectory
+    assert torch.equal(trajectory.actions, trajectory.states[:, 1:])
+    assert (trajectory.actions.sum(-1) >= 1).all()
+    assert not (trajectory.actions & ~trajectory.states[:, :-1]).any()
+
+
+def test_scores_are_those_of_each_episodes_own_question() -> None:
+    _, rolled = rollouts()
+    place = Puzzle().place([INDICES[int(row)] for row in rolled.rows])
+    for t in range(SETTINGS.horizon):
+        found = rolled.trajectory.states[torch.arange(len(place)), t + 1, place]
+        assert torch.equal(rolled.trajectory.scores[:, t + 1], torch.where(found, 0.0, -2.0))
+
+
+def test_ratios_are_one_before_the_first_step() -> None:
+    pruner, rolled = rollouts()
+    pruner.train()
+    everyone = torch.arange(len(rolled.rows))
+    advantage, target = advantages(rolled, SETTINGS)
+    _, metrics = ppo_loss(pruner, rolled, everyone, advantage, target, SETTINGS)
+    assert metrics["approx_kl"] == pytest.approx(0, abs=1e-9)
+    assert metrics["clip_fraction"] == 0
+    assert metrics["effective_sample_size"] == pytest.approx(1, abs=1e-4)
+    _, other = ppo_loss(pruner, rolled, everyone, advantage, target, replace(SETTINGS, discount=0.5))
+    assert other["approx_kl"] > 1e-2  # re-scored with another discount than drawn with
+
+
+def test_the_loss_equals_a_loop_over_tokens() -> None:
+    pruner, rolled = rollouts()
+    with torch.no_grad():
+        for weight in pruner.policy.actor.parameters():
+            weight += 0.1 * torch.randn(weight.shape, generator=torch.Generator().manual_seed(1))
+    chosen = torch.tensor([3, 0, 17, 8])
+    advantage, target = advantages(rolled, SETTINGS)
+    loss, metrics = ppo_loss(pruner, rolled, chosen, advantage[chosen], target[chosen], SETTINGS)
+    gains, clipped = [], 0
+    for episode in chosen.tolist():
+        question = int(rolled.rows[episode])
+        for t in range(SETTINGS.horizon):
+            state = rolled.trajectory.states[episode, t]
+            one = Puzzle().visual([INDICES[question]])
+            logits = pruner.look(pruner.encode(one.tokens), one, state[None]).logits[0]
+            for i in range(COUNT):
+                if not state[i]:
+                    continue
+                probability = SETTINGS.discount**t * torch.sigmoid(logits[i].double())
+                kept = bool(rolled.trajectory.actions[episode, t, i])
+                new = torch.log(probability if kept else 1 - probability)
+                ratio = float((new - rolled.log_probs[episode, t, i]).exp())
+                gain = float(advantage[episode, t])
+                gains.append(min(ratio * gain, min(max(ratio, 0.8), 1.2) * gain))
+                clipped += abs(ratio - 1) > 0.2
+    assert metrics["clip_fraction"] == pytest.approx(clipped / len(gains), abs=1e-6)
+    assert clipped
+    assert loss.item() == pytest.approx(-sum(gains) / len(gains), rel=1e-4)
+
+
+def test_group_advantages_compare_episodes_of_one_question() -> None:
+    _, rolled = rollouts()
+    raw = rolled.trajectory.rewards
+    returns = torch.stack([sum(0.99 ** (k - t) * raw[:, k] for k in range(t, 3)) for t in range(3)], 1)
+    expected = torch.empty_like(returns)
+    for episode, question in enumerate(rolled.rows.tolist()):
+        others = [e for e, q in enumerate(rolled.rows.tolist()) if q == question and e != episode]
+        expected[episode] = returns[episode] - returns[others].mean(0)
+    expected = (expected - expected.mean()) / (expected.std() + 1e-6)
+    assert torch.allclose(advantages(rolled, SETTINGS)[0], expected, atol=1e-5)
+
+
+@pytest.mark.parametrize("baseline", ["group", "critic"])
+def test_ppo_learns_which_token_is_needed(baseline: str) -> None:
+    puzzle = Puzzle()
+    settings = PpoStage(
+        epochs=60, questions=20, rollouts=8, minibatch=80, baseline=baseline, actor_learning_rate=3e-3, horizon=2, beta=2.0
+    )
+    pruner = make_pruner()
+    stage = ppo_stage(pruner, cast(Any, puzzle), TrainConfig(ppo=settings))
+    history = [stage.update(step) for step in range(settings.epochs)]
+    assert history[-1]["reward"] > history[0]["reward"] + 0.3
+    indices = list(range(len(puzzle)))
+    probs = pruner.keep_probs(puzzle.visual(indices))
+    needed = probs[torch.arange(len(indices)), puzzle.place(indices)]
+    assert needed.mean() > 2 * probs.mean()
+
+
+def test_an_update_changes_the_policy_alone() -> None:
+    pruner, rolled = rollouts()
+    before = {name: weight.clone() for name, weight in pruner.state_dict().items()}
+    optimizer = torch.optim.AdamW([{"params": list(pruner.policy.parameters())}], lr=1e-3)
+    improve(pruner, optimizer, rolled, SETTINGS, torch.Generator().manual_seed(0))
+    changed = {name for name, weight in pruner.state_dict().items() if not torch.equal(weight, before[name])}
+    assert changed
+    assert all(name.startswith("policy.") for name in changed)

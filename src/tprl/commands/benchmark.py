@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from tprl.commands.evaluate import CACHE, evaluate, parse_names
+from tprl.commands.evaluate import evaluate, parse_names
 from tprl.evaluate.methods import METHODS
 
 
@@ -21,7 +21,7 @@ def benchmark(
     seed: int = 0,
     dtype: str = "auto",
     device: str = "cpu",
-    cache: Path = CACHE,
+    cache: Path | None = None,
     resume: bool = False,
     overwrite: bool = False,
 ) -> None:
@@ -41,7 +41,7 @@ def benchmark(
         seed: of random methods and of the confidence intervals.
         dtype: "auto", "float32" or "bfloat16".
         device: "cpu" or "cuda".
-        cache: folder where encoded pictures are kept between runs.
+        cache: folder where encoded pictures are kept between runs; $TPRL_CACHE or ~/.cache/tprl unless given.
         resume: go on with an interrupted run.
         overwrite: throw away what the folder holds.
     """

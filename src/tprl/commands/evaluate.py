@@ -8,11 +8,10 @@ from tprl.evaluate.benchmark import Benchmark
 from tprl.evaluate.gallery import write_gallery
 from tprl.evaluate.methods import check_names, make_methods
 from tprl.evaluate.tables import markdown_table, write_tables
-from tprl.pocket.assemble import open_lvlm
+from tprl.pocket.assemble import cache_folder, open_lvlm
 from tprl.pruner import TokenPruner
 
 SHIPPED_PRUNER = Path(tprl.__file__).parent / "assets" / "pruner"
-CACHE = Path.home() / ".cache" / "tprl"
 
 
 def evaluate(
@@ -31,7 +30,7 @@ def evaluate(
     seed: int = 0,
     dtype: str = "auto",
     device: str = "cpu",
-    cache: Path = CACHE,
+    cache: Path | None = None,
     images: Path | None = None,
     skip_bad: bool = False,
     resume: bool = False,
@@ -54,7 +53,7 @@ def evaluate(
         seed: of random methods and of the confidence intervals.
         dtype: "auto", "float32" or "bfloat16".
         device: "cpu" or "cuda".
-        cache: folder where encoded pictures are kept between runs.
+        cache: folder where encoded pictures are kept between runs; $TPRL_CACHE or ~/.cache/tprl unless given.
         images: picture folder of a .jsonl file; the file's own unless given.
         skip_bad: leave out records of a .jsonl file that cannot be read.
         resume: go on with an interrupted run.
@@ -68,7 +67,7 @@ def evaluate(
         fitting = TokenPruner.from_pretrained(pruner or SHIPPED_PRUNER, lvlm.fingerprint).to(lvlm.device)
     rows = make_methods(names, sizes, fitting, threshold, threshold_row, seed)
     source = load_source(data, split, n, skip_bad, images)
-    run = Benchmark(lvlm, model, source, rows, out, cache, seed, resume, overwrite)
+    run = Benchmark(lvlm, model, source, rows, out, cache or cache_folder(), seed, resume, overwrite)
     results = run.run()
     write_tables(results, out)
     if gallery:

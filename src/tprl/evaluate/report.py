@@ -89,8 +89,8 @@ def dropped_path(kept: Sequence[int], rows: int, columns: int) -> str:
     held, parts = set(kept), []
     for row in range(rows):
         cells = [(column, row * columns + column in held) for column in range(columns)]
-        for is_kept, run in groupby(cells, key=lambda cell: cell[1]):
-            run = list(run)
+        for is_kept, group in groupby(cells, key=lambda cell: cell[1]):
+            run = list(group)
             if not is_kept:
                 parts.append(f"M{run[0][0]} {row}h{len(run)}v1h-{len(run)}z")
     return "".join(parts)

@@ -167,7 +167,7 @@ def _check_finite(run: RunFolder, stage: Stage, step: int, metrics: dict[str, fl
         path = run.folder / f"not-finite-{stage.name}-{step + 1:06d}.safetensors"
         save_checkpoint(path, dict(stage.module.state_dict()), {"step": step + 1, "not_finite": wrong})
         raise FloatingPointError(
-            f"update {step + 1} of {stage.name} gave values that are not finite: {', '.join(wrong[:5])}; saved as {path}"
+            f"update {step + 1} of {stage.name} gave values that are not finite: {', '.join(wrong[:5])}; see {path}"
         )
 
 

@@ -28,7 +28,8 @@ def test_no_picture_is_in_two_splits_under_two_names(splits: dict[str, EasyVqa])
         split: {source._paths[sample.image_id].read_bytes() for sample in source.samples}
         for split, source in splits.items()
     }
-    assert not pixels["train"] & pixels["val"] and not (pixels["train"] | pixels["val"]) & pixels["test"]
+    assert not pixels["train"] & pixels["val"]
+    assert not (pixels["train"] | pixels["val"]) & pixels["test"]
 
 
 def test_answers_fit_families(splits: dict[str, EasyVqa]) -> None:

@@ -105,7 +105,8 @@ def test_bad_record_is_counted_and_said(folder: Path, case: str) -> None:
     with pytest.warns(UserWarning, match="skipped 1 bad records: .*data.jsonl:2: "):
         source = Jsonl(path, "test", skip_bad=True)
     assert [sample.sample_id for sample in source.samples] == ["1", "3"]
-    assert len(source.skipped) == 1 and "data.jsonl:2: " in source.skipped[0]
+    assert len(source.skipped) == 1
+    assert "data.jsonl:2: " in source.skipped[0]
 
 
 def test_bytes_that_are_no_text(folder: Path) -> None:

@@ -46,4 +46,6 @@ class Puzzle:
 
 def make_pruner(seed: int = 0) -> TokenPruner:
     torch.manual_seed(seed)
-    return TokenPruner(PrunerConfig(WIDTH, "puzzle", latent=16, autoencoder_hidden=32, policy_hidden=32, policy_heads=2))
+    return TokenPruner(
+        PrunerConfig(WIDTH, "puzzle", latent=16, autoencoder_hidden=32, policy_hidden=32, policy_heads=2)
+    )

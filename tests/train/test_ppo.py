@@ -94,7 +94,14 @@ def test_group_advantages_compare_episodes_of_one_question() -> None:
 def test_ppo_learns_which_token_is_needed(baseline: str) -> None:
     puzzle = Puzzle()
     settings = PpoStage(
-        epochs=60, questions=20, rollouts=8, minibatch=80, baseline=baseline, actor_learning_rate=3e-3, horizon=2, beta=2.0
+        epochs=60,
+        questions=20,
+        rollouts=8,
+        minibatch=80,
+        baseline=baseline,
+        actor_learning_rate=3e-3,
+        horizon=2,
+        beta=2.0,
     )
     pruner = make_pruner()
     stage = ppo_stage(pruner, cast(Any, puzzle), TrainConfig(ppo=settings))

@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 from tprl.data import load_source
 from tprl.data.sheet import contact_sheet
@@ -42,7 +43,11 @@ def make(out: Path, *, data: str = "scenes", split: str = "train", n: int = 1000
     partial = out / "questions.jsonl.partial"
     with partial.open("w") as file:
         for sample in source.samples:
-            record = {"id": sample.sample_id, "image": names[sample.image_id], "question": sample.question}
+            record: dict[str, Any] = {
+                "id": sample.sample_id,
+                "image": names[sample.image_id],
+                "question": sample.question,
+            }
             if sample.box is None:
                 record |= {"answer": sample.answers[0]} if len(sample.answers) == 1 else {"answers": sample.answers}
             else:

@@ -86,6 +86,8 @@ def train(
         raise ValueError(f"preset {preset!r} is not one of {', '.join(PRESETS)}")
     settings = config or PRESETS[preset]
     names = [name.strip() for name in stages.split(",")]
+    if unknown := [name for name in names if name not in STAGES]:
+        raise ValueError(f"unknown stages {unknown}; known: {', '.join(STAGES)}")
     asked = {
         "model": model, "data": data, "val_data": val_data, "stages": names, "init": str(init) if init else None,
         "use_question": use_question, "use_autoencoder": use_autoencoder, "settings": asdict(settings),

@@ -208,7 +208,7 @@ def module_flops(module: nn.Module, *args: Any, method: str = "forward", **kwarg
 # --- counting ------------------------------------------------------------------------------------------------
 
 
-class _Weightless(TorchDispatchMode):  # type: ignore[no-untyped-call]
+class _Weightless(TorchDispatchMode):
     """Runs on the meta device whatever touches a tensor there, and all else on the CPU.
 
     So grids, windows and lengths, on which shapes depend, stay real numbers, while weights and activations are

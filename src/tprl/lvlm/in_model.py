@@ -133,7 +133,7 @@ class LayerView:
             states = attention.get_submodule(f"{kind}_norm")(states)
         states = states.transpose(1, 2)
         cos, sin = (part[:, None] for part in rotary)
-        turned = rotate_half(states)  # type: ignore[no-untyped-call]
+        turned = rotate_half(states)
         return cast(Tensor, states * cos + turned * sin)
 
     def _visible(self, places: Tensor) -> Tensor:

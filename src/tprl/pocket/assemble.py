@@ -1,4 +1,4 @@
-"""Where a model comes from: pocket-llava is put together once into a cache folder, all others are loaded as they are."""
+"""Where a model comes from: pocket-llava is put together once into a cache folder, others are loaded as they are."""
 
 import hashlib
 import os
@@ -15,7 +15,7 @@ from torch import nn
 import tprl
 from tprl.checkpoint import save_tensors
 from tprl.lvlm.model import Lvlm
-from tprl.pocket.base import IMAGE_TOKEN, load_base
+from tprl.pocket.base import image_token_id, load_base
 from tprl.pocket.model import add_delta, new_llava, new_processor
 
 NAME = "pocket-llava"
@@ -55,7 +55,7 @@ def pocket_llava() -> Path:
 def assemble(delta: Path, folder: Path) -> None:
     """Write the model and its processor into ``folder``, loadable with ``from_pretrained(folder)``."""
     base, tokenizer = load_base()
-    llava = new_llava(base, tokenizer.convert_tokens_to_ids(IMAGE_TOKEN))
+    llava = new_llava(base, image_token_id(tokenizer))
     add_delta(llava, load_file(delta))
     llava.save_pretrained(folder)
     new_processor(tokenizer).save_pretrained(folder)

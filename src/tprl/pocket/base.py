@@ -2,8 +2,10 @@
 
 from importlib.metadata import PackageNotFoundError, files
 from pathlib import Path
+from typing import Any, cast
 
 import torch
+from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerBase
 
 LAYERS = 8
@@ -42,10 +44,10 @@ def load_base() -> tuple[LlamaForCausalLM, PreTrainedTokenizerBase]:
     """The first ``LAYERS`` layers in float32, with one more embedding row for the image placeholder, and the
     tokenizer with that placeholder and the chat template."""
     path = gguf_file()
-    tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
-    model = AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=torch.float32)
+    tokenizer: Any = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
+    model: Any = AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=torch.float32)
     model.model.layers = model.model.layers[:LAYERS]
-    # The weights are whole numbers no longer, so what the config says of the GGUF file would mislead whoever loads them.
+    # The weights are dequantised, so what the config says of the GGUF file would mislead whoever loads them.
     about_file = ("quantization_config", "_name_or_path", "_model_name_or_path")
     settings = {name: value for name, value in model.config.to_dict().items() if name not in about_file}
     model.config = LlamaConfig(**settings | {"num_hidden_layers": LAYERS})
@@ -55,3 +57,14 @@ def load_base() -> tuple[LlamaForCausalLM, PreTrainedTokenizerBase]:
     with torch.no_grad():
         model.get_input_embeddings().weight[tokenizer.convert_tokens_to_ids(IMAGE_TOKEN)] = 0
     return model, tokenizer
+
+
+def embeddings_of(model: LlamaForCausalLM) -> Tensor:
+    """The input embeddings ``(vocabulary, D)``, which are those of the output too."""
+    weight: Tensor = cast(nn.Embedding, model.get_input_embeddings()).weight
+    return weight
+
+
+def image_token_id(tokenizer: PreTrainedTokenizerBase) -> int:
+    """Id of the placeholder of one visual token."""
+    return int(cast(int, tokenizer.convert_tokens_to_ids(IMAGE_TOKEN)))

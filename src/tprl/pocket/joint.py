@@ -19,7 +19,7 @@ from transformers import AttentionInterface, LlavaForConditionalGeneration
 from tprl.checkpoint import load_checkpoint, load_optimizer, optimizer_tensors, prefixed, save_checkpoint, with_prefix
 from tprl.data.scenes import FAMILIES, make_scene
 from tprl.lvlm.packing import pack
-from tprl.pocket.base import IMAGE_TOKEN, load_base
+from tprl.pocket.base import embeddings_of, image_token_id, load_base
 from tprl.pocket.labels import GRID, SLOTS, UNITS, anchors, glyph_labels, patch_labels, presence
 from tprl.pocket.language import LANGUAGE, answer_loss
 from tprl.pocket.looking import Looking, relevant_patches
@@ -86,10 +86,10 @@ def start(run: Path) -> tuple[Pocket, Tokens]:
     base.load_state_dict(with_prefix(language, "model."), strict=False)
     tower = Tower()
     tower.load_state_dict(with_prefix(load_checkpoint(run / TOWER)[0], "model."))
-    llava = new_llava(base, tokenizer.convert_tokens_to_ids(IMAGE_TOKEN))
+    llava = new_llava(base, image_token_id(tokenizer))
     llava.model.vision_tower.load_state_dict(tower.vision.state_dict())
     projector = llava.model.multi_modal_projector
-    embeddings = base.get_input_embeddings().weight
+    embeddings = embeddings_of(base)
     with torch.no_grad():
         projector.linear_1.weight.normal_(0, 0.02)[:UNITS] = tower.words.weight
         projector.linear_1.bias.zero_()[:UNITS] = tower.words.bias
@@ -146,10 +146,10 @@ def train_joint(run: Path, config: JointConfig) -> Iterator[dict[str, float]]:
         if not torch.isfinite(nn.utils.clip_grad_norm_(own.values(), 1.0)):
             raise RuntimeError(f"the gradient is not finite at step {step}")
         optimizer.step()
-        for name, value in (("loss", answered), ("look", looked), ("words", named), ("marks", marked)):
-            seen[name].append(value.item())
-        for name, value in word_accuracy(units.detach(), labels.flatten(1)).items():
-            seen["see " + name].append(value)
+        for name, loss in (("loss", answered), ("look", looked), ("words", named), ("marks", marked)):
+            seen[name].append(loss.item())
+        for name, share in word_accuracy(units.detach(), labels.flatten(1)).items():
+            seen["see " + name].append(share)
         for family, hit in zip([f for questions in asked for f in questions.families], right.tolist(), strict=True):
             seen[family].append(hit)
         if (step + 1) % 10 == 0:

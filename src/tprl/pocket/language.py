@@ -20,7 +20,7 @@ from transformers import LlamaModel
 from tprl.checkpoint import load_checkpoint, load_optimizer, optimizer_tensors, prefixed, save_checkpoint, with_prefix
 from tprl.data.scenes import FAMILIES, make_scene
 from tprl.lvlm.packing import IGNORE, Packed, pack
-from tprl.pocket.base import load_base
+from tprl.pocket.base import embeddings_of, load_base
 from tprl.pocket.labels import SLOTS, patch_labels
 from tprl.pocket.looking import Looking, relevant_patches
 from tprl.pocket.questions import DESCRIBE, Tokens, draw_questions
@@ -95,9 +95,9 @@ CURRICULUM = (
 class LanguageConfig:
     """How the language model is trained; all randomness follows from ``seed`` and the step."""
 
-    steps: int
+    steps: int = CURRICULUM[-1].until
     questions: int = 16
-    learning_rate: float = 5e-4
+    learning_rate: float = 7e-4
     seed: int = 0
     save_every: int = 50
 
@@ -105,7 +105,7 @@ class LanguageConfig:
 def train_language(run: Path, config: LanguageConfig) -> Iterator[dict[str, float]]:
     model, tokenizer = load_base()
     torch.manual_seed(config.seed)
-    embeddings = model.get_input_embeddings().weight.requires_grad_(False)
+    embeddings = embeddings_of(model).requires_grad_(False)
     columns = word_columns(embeddings, tokenizer)
     kinds = len(SLOTS[0].words)
     blank = blank_word(embeddings, tokenizer)

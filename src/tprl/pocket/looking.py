@@ -24,9 +24,10 @@ class Looking:
     """
 
     def __init__(self, language: LlamaModel) -> None:
-        self.recorded: dict[nn.Module, tuple[Tensor, tuple[Tensor, Tensor]]] = {}
+        self.recorded: dict[Any, tuple[Tensor, tuple[Tensor, Tensor]]] = {}
+        layers: Any = language.layers
         for layer in LOOKING_LAYERS:
-            language.layers[layer].self_attn.register_forward_pre_hook(self._record, with_kwargs=True)
+            layers[layer].self_attn.register_forward_pre_hook(self._record, with_kwargs=True)
 
     def _record(self, module: nn.Module, args: object, kwargs: dict[str, Any]) -> None:
         self.recorded[module] = kwargs["hidden_states"], kwargs["position_embeddings"]

@@ -1,4 +1,4 @@
-"""pocket-llava as a model of transformers: its config, its processor, and its weights as a small file of differences."""
+"""pocket-llava as a model of transformers: config, processor, and its weights as a small file of differences."""
 
 import torch
 from torch import Tensor
@@ -24,7 +24,7 @@ def new_llava(base: LlamaForCausalLM, image_token_id: int) -> LlavaForConditiona
     config = LlavaConfig(
         vision_config=vision_config(),
         text_config=base.config,
-        image_token_id=image_token_id,
+        image_token_index=image_token_id,
         projector_hidden_act="gelu",
         vision_feature_layer=-1,
         vision_feature_select_strategy="default",

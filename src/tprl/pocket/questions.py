@@ -2,6 +2,7 @@
 
 import re
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from transformers import PreTrainedTokenizerBase
@@ -15,17 +16,14 @@ class Tokens:
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
         self.tokenizer = tokenizer
-        text = tokenizer.apply_chat_template(
-            [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "?"}]}],
-            add_generation_prompt=True,
-            tokenize=False,
-        )
+        asked: Any = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "?"}]}]
+        text = str(tokenizer.apply_chat_template(asked, add_generation_prompt=True, tokenize=False))
         before, after = text.split("<image>")
         self.between, self.turn = after.split("?")
         self.before: list[int] = self._ids(before)
 
     def _ids(self, text: str) -> list[int]:
-        return self.tokenizer(text, add_special_tokens=False)["input_ids"]
+        return list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
 
     def block(self, question: str, answer: str) -> Block:
         prompt = self._ids(self.between + question + self.turn)

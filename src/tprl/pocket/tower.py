@@ -57,8 +57,8 @@ class Tower(nn.Module):
             positions[1:] = sincos_positions(GRID, positions.shape[1])
 
     def forward(self, pixels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Pixels ``(B, 3, SIDE, SIDE)`` to unit pre-activations ``(B, N, UNITS)``, presence logits, and, from the middle
-        of the tower, ``(B, N, GLYPHS + 1)`` logits of the glyph on each patch and of a thing's centre lying on it."""
+        """Pixels ``(B, 3, SIDE, SIDE)`` to unit pre-activations ``(B, N, UNITS)``, presence logits, and, from the
+        middle of the tower, ``(B, N, GLYPHS + 1)`` logits of the glyph on each patch and of a thing's centre there."""
         output = self.vision(pixels, output_hidden_states=True)
         middle = output.hidden_states[GLYPH_LAYER][:, 1:]
         return self.words(output.last_hidden_state[:, 1:]), self.presence(output.pooler_output), self.marks(middle)

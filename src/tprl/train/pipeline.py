@@ -41,12 +41,7 @@ def train(
         stages: which of ``STAGES`` to do, in their order.
         start: a pruner that the first stage starts from instead of a fresh one.
         cache: where visual tokens are kept between runs; the run's own folder unless given.
-
-    Raises:
-        ValueError: a stage is unknown.
     """
-    if unknown := [name for name in stages if name not in STAGES]:
-        raise ValueError(f"unknown stages {unknown}; known: {', '.join(STAGES)}")
     torch.manual_seed(config.seed)
     pruner = start or TokenPruner(shape)
     needs = frozenset().union(*(make_teacher(name, config.seed).needs for name in config.imitate.teachers))

@@ -27,7 +27,7 @@ NAME = "ppo"
 
 @dataclass(frozen=True)
 class Rollouts:
-    """``G`` episodes of each of ``Q`` questions; row ``g * Q + q`` of the trajectory is episode ``g`` of question ``q``.
+    """``G`` episodes of each of ``Q`` questions; row ``g * Q + q`` of the trajectory is the ``g``-th of question ``q``.
 
     Attributes:
         visual: the questions, ``Q`` rows.

@@ -81,7 +81,8 @@ class _Block(nn.Module):
     def forward(self, state: Tensor, real: Tensor) -> Tensor:
         """``state (B, S, H)``; ``real`` bool ``(B, 1, 1, S)``, True where there is something to attend to."""
         parts = self.attention_in(self.attention_norm(state)).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
-        attended = nn.functional.scaled_dot_product_attention(*parts, attn_mask=real)
+        query, key, value = parts.unbind(0)
+        attended = nn.functional.scaled_dot_product_attention(query, key, value, attn_mask=real)
         state = state + self.attention_out(attended.transpose(1, 2).flatten(2))
         mixed: Tensor = state + self.mlp(state)
         return mixed

@@ -21,7 +21,7 @@ from tprl.data.scenes import FAMILIES, make_scene
 from tprl.lvlm.packing import pack
 from tprl.pocket.base import embeddings_of, image_token_id, load_base
 from tprl.pocket.labels import GRID, SLOTS, UNITS, anchors, glyph_labels, patch_labels, presence
-from tprl.pocket.language import LANGUAGE, answer_loss
+from tprl.pocket.language import LANGUAGE, answer_loss, competing
 from tprl.pocket.looking import Looking, relevant_patches
 from tprl.pocket.model import new_llava
 from tprl.pocket.questions import DESCRIBE, Tokens, draw_questions
@@ -39,7 +39,10 @@ from tprl.pocket.tower import (
 from tprl.pocket.words import blank_word, word_columns
 
 JOINT = "joint.safetensors"
-FAMILY_WEIGHTS = dict.fromkeys(FAMILIES, 1.0) | {DESCRIBE: 1.0}
+FAMILY_WEIGHTS = dict.fromkeys((*FAMILIES, DESCRIBE), 1.0) | {
+    "existence": 0.8, "attribute": 0.7, "position": 0.5, "grounding": 0.5,
+    "reading": 1.5, "nearest": 1.5, "relation": 1.5,
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -131,11 +134,12 @@ def train_joint(run: Path, config: JointConfig) -> Iterator[dict[str, float]]:
         present = torch.from_numpy(np.stack([presence(scene) for scene in scenes]))
         asked = [draw_questions(scene, tokens, rng, config.questions, FAMILY_WEIGHTS) for scene in scenes]
         packed = pack(tokens.before, everything, everything >= 0, GRID**2, [questions.blocks for questions in asked])
+        vocabulary = competing(packed, tokens.answer_words, head.out_features, rng)
         for group in optimizer.param_groups:
             group["lr"] = group["rate"] * schedule(step, config.warmup_steps, config.steps)
         with torch.autocast("cpu", torch.bfloat16):
             visual, units, presence_logits, marks = pocket.see(normalise(pixels))
-            answered, right = answer_loss(language, head, visual, packed)
+            answered, right = answer_loss(language, head, visual, packed, vocabulary)
             looked = looking.loss(packed, *relevant_patches(asked, labels))
         units = units.float().flatten(0, 1)
         named = word_loss(units, labels.flatten(1), [slot.weight for slot in SLOTS])

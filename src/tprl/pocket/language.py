@@ -58,7 +58,14 @@ def answer_loss(
 
 LANGUAGE = "language.safetensors"
 RIVALS = 2048
-"""Random words that compete with the answers' words in stage two."""
+"""Random words that compete with the answers' words in one update."""
+
+
+def competing(packed: Packed, answer_words: Tensor, size: int, rng: np.random.Generator) -> Tensor:
+    """Token ids that compete in one update, ascending: the answers' own, ``answer_words``, and ``RIVALS`` others."""
+    others = torch.from_numpy(rng.integers(size, size=RIVALS))
+    known = torch.cat([packed.targets[packed.targets != IGNORE], answer_words, others])
+    return torch.from_numpy(np.unique(known.numpy()))
 
 
 @dataclass(frozen=True)
@@ -111,9 +118,6 @@ def train_language(run: Path, config: LanguageConfig) -> Iterator[dict[str, floa
     blank = blank_word(embeddings, tokenizer)
     tokens = Tokens(tokenizer)
     looking = Looking(model.model)
-    answer_words = torch.tensor(
-        [i for slot in SLOTS for word in slot.words for i in tokenizer(word, add_special_tokens=False)["input_ids"]]
-    )
     parameters = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=config.learning_rate, betas=(0.9, 0.95), weight_decay=0.0)
     path, start = run / LANGUAGE, 0
@@ -142,8 +146,7 @@ def train_language(run: Path, config: LanguageConfig) -> Iterator[dict[str, floa
         packed = pack(tokens.before, everything, everything >= 0, phase.grid**2, [q.blocks for q in asked])
         for group in optimizer.param_groups:
             group["lr"] = config.learning_rate * min(1, (step + 1) / 20)
-        others = torch.from_numpy(rng.integers(len(embeddings), size=RIVALS))
-        vocabulary = torch.cat([packed.targets[packed.targets != IGNORE], answer_words, others]).unique()
+        vocabulary = competing(packed, tokens.answer_words, len(embeddings), rng)
         with torch.autocast("cpu", torch.bfloat16):
             loss, right = answer_loss(model.model, model.lm_head, visual, packed, vocabulary)
             looked = looking.loss(packed, *relevant_patches(asked, labels))

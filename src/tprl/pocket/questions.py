@@ -5,10 +5,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import torch
 from transformers import PreTrainedTokenizerBase
 
 from tprl.data.scenes import COLOURS, DIRECTIONS, KINDS, Scene, ask
 from tprl.lvlm.packing import Block
+from tprl.pocket.labels import SLOTS
 
 
 class Tokens:
@@ -21,6 +23,7 @@ class Tokens:
         before, after = text.split("<image>")
         self.between, self.turn = after.split("?")
         self.before: list[int] = self._ids(before)
+        self.answer_words = torch.tensor([i for slot in SLOTS for word in slot.words for i in self._ids(word)])
 
     def _ids(self, text: str) -> list[int]:
         return list(self.tokenizer(text, add_special_tokens=False)["input_ids"])

@@ -2,7 +2,8 @@
 
 from pathlib import Path
 
-from tprl.commands.evaluate import evaluate, parse_names
+from tprl.commands.evaluate import evaluate
+from tprl.commands.parse import parse_names
 from tprl.evaluate.methods import METHODS
 
 

@@ -3,6 +3,7 @@
 from rich.console import Console
 from rich.table import Table
 
+from tprl.commands.parse import parse_budgets
 from tprl.evaluate.flops import encoded_by, kv_cache_mib, load_config, lvlm_flops, text_tokens_at
 
 PAPER_SAVED = 0.542
@@ -12,7 +13,7 @@ PAPER_SAVED = 0.542
 def flops(
     config: str,
     /,
-    budgets: tuple[int, ...] = (),
+    budgets: str | None = None,
     text_tokens: int = 64,
     generated_tokens: int = 1,
     encoded_tokens: int | None = None,
@@ -25,7 +26,7 @@ def flops(
     Args:
         config: a preset (llava-1.5-7b, llava-1.5-13b, qwen2.5-vl-3b, qwen2.5-vl-7b), a config.json, or the folder or
             Hub id of a model.
-        budgets: visual tokens that are kept; a third, two ninths and a ninth of them unless given.
+        budgets: visual tokens that are kept, comma-separated; a third, two ninths and a ninth of them unless given.
         text_tokens: all other tokens of the prompt.
         generated_tokens: tokens of the answer; 1 is the prefill alone.
         encoded_tokens: visual tokens of the picture; needed where a model takes pictures of any size.
@@ -34,15 +35,15 @@ def flops(
     model = load_config(config)
     visual = encoded_by(model) if encoded_tokens is None else encoded_tokens
     third = round(visual / 3)
-    budgets = budgets or (third, round(visual * 2 / 9), round(visual / 9))
-    if wrong := [budget for budget in budgets if not 0 <= budget <= visual]:
-        raise ValueError(f"budgets {wrong} are not allowed; 0 to the picture's {visual} visual tokens")
+    counts = parse_budgets(budgets) if budgets else (third, round(visual * 2 / 9), round(visual / 9))
+    if wrong := [count for count in counts if count > visual]:
+        raise ValueError(f"budgets {wrong} are not allowed; 1 to the picture's {visual} visual tokens")
     unpruned = lvlm_flops(model, visual, text_tokens, None, generated_tokens, visual)
     answer = "prefill" if generated_tokens == 1 else f"prefill and {generated_tokens - 1} steps"
     table = Table(title=f"{config}: {text_tokens} text tokens, {answer}; TFLOPs")
     for name in ("visual tokens", "vision", "projector", "language", "total", "saved", "KV cache MiB"):
         table.add_column(name, justify="right")
-    for count in (visual, *budgets):
+    for count in (visual, *counts):
         costs = lvlm_flops(model, count, text_tokens, None, generated_tokens, visual)
         parts = [f"{part / 1e12:.3f}" for part in (costs.vision, costs.projector, costs.language, costs.total)]
         cache = kv_cache_mib(model, count + text_tokens + generated_tokens - 1, cache_bytes)

@@ -18,6 +18,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from tprl.checkpoint import load_checkpoint, save_checkpoint, save_tensors
 from tprl.data.sample import Sample, Source
+from tprl.lvlm.families import FAMILIES
 from tprl.lvlm.model import ImageFeatures, Lvlm
 from tprl.lvlm.packing import Block
 from tprl.lvlm.score import AnswerScorer, AnswerScores, Within
@@ -49,6 +50,12 @@ class EncodedSamples:
     """
 
     def __init__(self, lvlm: Lvlm, source: Source, folder: Path, signals: frozenset[str] = frozenset()) -> None:
+        if not lvlm.family.packs:
+            known = [family.name for family in FAMILIES.values() if family.packs and family.around is not None]
+            raise ValueError(
+                f"answers of {lvlm.family.name} cannot be scored in packed rows yet, so it can be pruned, but neither "
+                f"trained for nor evaluated; families that can: {', '.join(known)}"
+            )
         self.lvlm, self.source = lvlm, source
         self.samples: Sequence[Sample] = source.samples
         self.image_ids = list(dict.fromkeys(sample.image_id for sample in self.samples))

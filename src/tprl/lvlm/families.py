@@ -40,6 +40,8 @@ class Family:
         names_layer: whether ``config.vision_feature_layer`` says which layer's features are used, else the last.
         first_position: position id of a prompt's first token in ``forward``.
         around: what the processor puts before and after a picture's visual tokens; None where they are not one run.
+        packs: whether many questions can share a picture in one row (``tprl.lvlm.packing``), which takes one row of
+            positions, causal attention over pictures too, and visual features at the input alone.
     """
 
     name: str
@@ -51,6 +53,7 @@ class Family:
     names_layer: bool = False
     first_position: int = 0
     around: tuple[str, str] | None = ("", "")
+    packs: bool = True
 
 
 @dataclass(frozen=True)
@@ -222,14 +225,16 @@ FAMILIES: dict[str, Family] = {
     "llava": Family("LLaVA-1.5", list, _llava, _blocks, _SIZED_INPUTS, names_layer=True),
     "llava_next": Family("LLaVA-NeXT", list, _anyres, _pack_anyres, _ANYRES_INPUTS, names_layer=True),
     "llava_onevision": Family("LLaVA-OneVision", list, _anyres, _pack_anyres, _ANYRES_INPUTS, names_layer=True),
-    "qwen2_vl": Family("Qwen2-VL", tuple, _qwen, None, _QWEN_INPUTS, "model.visual"),
-    "qwen2_5_vl": Family("Qwen2.5-VL", tuple, _qwen, None, _QWEN_INPUTS, "model.visual"),
-    "qwen3_vl": Family("Qwen3-VL", tuple, _qwen, None, _QWEN_INPUTS, "model.visual"),
+    "qwen2_vl": Family("Qwen2-VL", tuple, _qwen, None, _QWEN_INPUTS, "model.visual", packs=False),
+    "qwen2_5_vl": Family("Qwen2.5-VL", tuple, _qwen, None, _QWEN_INPUTS, "model.visual", packs=False),
+    "qwen3_vl": Family("Qwen3-VL", tuple, _qwen, None, _QWEN_INPUTS, "model.visual", packs=False),
     "internvl": Family("InternVL", Tensor, _internvl, _blocks, names_layer=True, around=("<img>", "</img>")),
     "idefics3": Family("Idefics3", list, _tiled, _blocks, _TILED_INPUTS, "model.vision_model", around=None),
     "smolvlm": Family("SmolVLM", list, _tiled, _blocks, _TILED_INPUTS, "model.vision_model", around=None),
-    "gemma3": Family("Gemma3", Tensor, _square, _blocks, around=("\n\n<start_of_image>", "<end_of_image>\n\n")),
-    "paligemma": Family("PaliGemma", Tensor, _square, _blocks, first_position=1),
+    "gemma3": Family(
+        "Gemma3", Tensor, _square, _blocks, around=("\n\n<start_of_image>", "<end_of_image>\n\n"), packs=False
+    ),
+    "paligemma": Family("PaliGemma", Tensor, _square, _blocks, first_position=1, packs=False),
     "mistral3": Family("Mistral3", tuple, _mistral, None, _SIZED_INPUTS, names_layer=True, around=None),
 }
 """By ``config.model_type``."""

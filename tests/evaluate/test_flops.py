@@ -241,7 +241,7 @@ def test_the_command_prints_the_published_figures(capsys: pytest.CaptureFixture[
 
 
 def test_the_command_for_pictures_of_any_size_and_its_errors(capsys: pytest.CaptureFixture[str]) -> None:
-    flops("qwen2.5-vl-7b", (432,), encoded_tokens=1296, generated_tokens=10, cache_bytes=4)
+    flops("qwen2.5-vl-7b", "432", encoded_tokens=1296, generated_tokens=10, cache_bytes=4)
     rows = cells(capsys.readouterr().out)
     assert list(rows) == ["1296", "432"]
     steps = lvlm_flops(load_config("qwen2.5-vl-7b"), 432, 64, None, 10, 1296)
@@ -249,5 +249,5 @@ def test_the_command_for_pictures_of_any_size_and_its_errors(capsys: pytest.Capt
     assert rows["432"][5] == f"{2 * 28 * 4 * 128 * (432 + 64 + 9) * 4 / 2**20:.1f}"
     with pytest.raises(ValueError, match="say how many encoded_tokens"):
         flops("qwen2.5-vl-7b")
-    with pytest.raises(ValueError, match=r"budgets \[577, -1\] are not allowed; 0 to the picture's 576"):
-        flops("llava-1.5-7b", (577, 3, -1))
+    with pytest.raises(ValueError, match=r"budgets \[577\] are not allowed; 1 to the picture's 576"):
+        flops("llava-1.5-7b", "577,3")

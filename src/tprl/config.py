@@ -67,7 +67,7 @@ class ImitateStage:
         learning_rate: of AdamW.
     """
 
-    demonstrations: int = 4096
+    demonstrations: int = 2048
     teachers: tuple[str, ...] = ("text-attention", "fastervlm", "divprune", "cdpruner")
     budgets: tuple[int, ...] = (128, 48, 16)
     epochs: int = 5
@@ -101,7 +101,7 @@ class PpoStage:
         max_kl: an update epoch is the last where the approximate KL a token exceeds this.
     """
 
-    epochs: int = 80
+    epochs: int = 40
     questions: int = 32
     rollouts: int = 8
     horizon: int = 3
@@ -137,8 +137,8 @@ class TrainConfig:
     autoencoder: AutoencoderStage = AutoencoderStage()
     imitate: ImitateStage = ImitateStage()
     ppo: PpoStage = PpoStage()
-    samples: int = 8192
-    validation: int = 500
+    samples: int = 4096
+    validation: int = 400
     max_drop: float = 0.3
     seed: int = 0
     save_every: int = 20

@@ -22,7 +22,7 @@ def evaluate(
     split: str = "test",
     n: int = 2000,
     budgets: str = "192,128,64,32",
-    methods: str = "tprl,random,uniform,fastervlm,divprune",
+    methods: str = "tprl,random,uniform,fastervlm,divprune,fastv",
     model: str = "pocket-llava",
     pruner: Path | None = None,
     threshold: float | None = None,

@@ -76,6 +76,12 @@ class RunFolder:
         with (self.folder / "metrics.jsonl").open("a") as file:
             file.write(json.dumps({"stage": stage, "step": step, **metrics}) + "\n")
 
+    def logged(self, stage: str) -> bool:
+        """Whether the metrics hold anything of ``stage``."""
+        path = self.folder / "metrics.jsonl"
+        lines = path.read_text().splitlines(keepends=True) if path.exists() else []
+        return any(json.loads(line)["stage"] == stage for line in lines if line.endswith("\n"))
+
     def rewind(self, stage: str, step: int) -> None:
         """Forget metrics of ``stage`` behind ``step``, which a resumed run will write again."""
         path = self.folder / "metrics.jsonl"

@@ -62,17 +62,14 @@ def train(
             continue
         fit(run, stage, config.save_every)
         pruner.eval()
-        run.rewind(f"after-{name}", -1)
-        run.log(f"after-{name}", 0, _look_at(pruner, held_out, unpruned) if name != autoencoder.NAME else {})
         pruner.save_pretrained(run.folder / "stages" / name)
+        if name != autoencoder.NAME and not run.logged(f"after-{name}"):
+            run.log(f"after-{name}", 0, _look_at(pruner, held_out, unpruned))
     result = calibrate(pruner, held_out, unpruned, config.max_drop)
-    run.rewind("calibrated", -1)
-    run.log(
-        "calibrated",
-        0,
-        {"threshold": pruner.config.threshold, "kept": result.kept, "drop_points": result.drop_points},
-    )
     pruner.save_pretrained(run.folder / "pruner")
+    if not run.logged("calibrated"):
+        figures = {"threshold": pruner.config.threshold, "kept": result.kept, "drop_points": result.drop_points}
+        run.log("calibrated", 0, figures)
     return pruner
 
 

@@ -1,0 +1,32 @@
+"""Attention of questions that share a row, against the model asked one question at a time."""
+
+from pathlib import Path
+
+import torch
+
+from evaluate.world import World, tiny_lvlm
+from tprl.lvlm.cache import EncodedSamples
+from tprl.lvlm.text_attention import text_attention
+
+
+def test_it_is_what_each_question_alone_attends_to(tmp_path: Path) -> None:
+    lvlm = tiny_lvlm()
+    data = EncodedSamples(lvlm, World(), tmp_path)
+    indices = data.questions[data.image_ids[1]]
+    tokens = data.features(data.image_ids[1]).tokens
+    blocks = [data.block(index) for index in indices]
+    together = text_attention(data.scorer, tokens, blocks, layer=3)
+    assert together.shape == (len(blocks), len(tokens))
+    decoder, before = lvlm.model.get_decoder(), data.scorer.before
+    decoder.set_attn_implementation("eager")
+    start = len(before)
+    for row, block in enumerate(blocks):
+        prompt = block.ids[: block.answer_start]
+        ids = torch.tensor([before + [0] * len(tokens) + prompt])
+        embeds = decoder.get_input_embeddings()(ids)
+        embeds[0, start : start + len(tokens)] = tokens
+        with torch.no_grad():
+            seen = decoder(inputs_embeds=embeds, output_attentions=True).attentions
+        alone = seen[3][0, :, -1, start : start + len(tokens)].mean(0)
+        torch.testing.assert_close(together[row], alone)
+        assert not torch.allclose(together[row], seen[2][0, :, -1, start : start + len(tokens)].mean(0), atol=1e-6)

@@ -6,10 +6,10 @@ from pathlib import Path
 
 from tprl.checkpoint import load_checkpoint, with_prefix
 from tprl.pocket.assemble import DELTA, pocket_llava, save_delta
-from tprl.pocket.base import load_base
-from tprl.pocket.joint import JOINT, JointConfig, start, train_joint
+from tprl.pocket.base import image_token_id, load_base
+from tprl.pocket.joint import JOINT, JointConfig, train_joint
 from tprl.pocket.language import LanguageConfig, train_language
-from tprl.pocket.model import to_delta
+from tprl.pocket.model import new_llava, to_delta
 from tprl.pocket.tower import TowerConfig, train_tower
 
 STAGES = ("tower", "language", "joint")
@@ -20,7 +20,7 @@ def path() -> None:
     print(pocket_llava())
 
 
-def train(run: Path, *, stages: str = ",".join(STAGES), seed: int = 0) -> None:
+def train(run: Path, *, stages: str = ",".join(STAGES), shipped: bool = False, seed: int = 0) -> None:
     """Train pocket-llava; an interrupted stage goes on from its checkpoint.
 
     The stages tower and language do not depend on each other and may run side by side, joint needs both.
@@ -28,6 +28,7 @@ def train(run: Path, *, stages: str = ",".join(STAGES), seed: int = 0) -> None:
     Args:
         run: folder of checkpoints and metrics.
         stages: comma-separated, of tower, language, joint.
+        shipped: start joint from the weights that the package ships.
         seed: all randomness follows from it.
     """
     names = [name.strip() for name in stages.split(",")]
@@ -35,7 +36,7 @@ def train(run: Path, *, stages: str = ",".join(STAGES), seed: int = 0) -> None:
         raise ValueError(f"unknown stages {unknown}; known: {', '.join(STAGES)}")
     run.mkdir(parents=True, exist_ok=True)
     for name in names:
-        _log(run / f"{name}.jsonl", _training(name, run, seed))
+        _log(run / f"{name}.jsonl", _training(name, run, seed, DELTA if shipped else None))
 
 
 def pack(run: Path, *, out: Path = DELTA) -> None:
@@ -45,20 +46,21 @@ def pack(run: Path, *, out: Path = DELTA) -> None:
         run: folder of the training.
         out: the file to write.
     """
-    pocket, _ = start(run)
+    base, tokenizer = load_base()
+    llava = new_llava(base, image_token_id(tokenizer))
     tensors, _ = load_checkpoint(run / JOINT)
-    pocket.load_state_dict(with_prefix(tensors, "model."), strict=False)
+    llava.load_state_dict(with_prefix(tensors, "model.llava."), strict=False)
     out.parent.mkdir(parents=True, exist_ok=True)
-    save_delta(to_delta(pocket.llava, load_base()[0]), out)
+    save_delta(to_delta(llava, load_base()[0]), out)
     print(f"wrote {out}, {out.stat().st_size / 1e6:.1f} MB")
 
 
-def _training(name: str, run: Path, seed: int) -> Iterator[dict[str, float]]:
+def _training(name: str, run: Path, seed: int, delta: Path | None) -> Iterator[dict[str, float]]:
     if name == "tower":
         return train_tower(run, TowerConfig(seed=seed))
     if name == "language":
         return train_language(run, LanguageConfig(seed=seed))
-    return train_joint(run, JointConfig(seed=seed))
+    return train_joint(run, JointConfig(seed=seed), delta)
 
 
 def _log(file: Path, metrics: Iterator[dict[str, float]]) -> None:

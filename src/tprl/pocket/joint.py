@@ -13,6 +13,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import AttentionInterface, LlavaForConditionalGeneration
 
@@ -23,7 +24,7 @@ from tprl.pocket.base import embeddings_of, image_token_id, load_base
 from tprl.pocket.labels import GRID, SLOTS, UNITS, anchors, glyph_labels, patch_labels, presence
 from tprl.pocket.language import LANGUAGE, answer_loss, competing
 from tprl.pocket.looking import Looking, relevant_patches
-from tprl.pocket.model import new_llava
+from tprl.pocket.model import add_delta, new_llava
 from tprl.pocket.questions import DESCRIBE, Tokens, draw_questions
 from tprl.pocket.tower import (
     GLYPH_LAYER,
@@ -101,10 +102,22 @@ def start(run: Path) -> tuple[Pocket, Tokens]:
     return Pocket(llava, tower), Tokens(tokenizer)
 
 
-def train_joint(run: Path, config: JointConfig) -> Iterator[dict[str, float]]:
-    """Train, or go on training, the whole in ``run``; yields metrics every 10 steps."""
+def start_from(delta: Path) -> tuple[Pocket, Tokens]:
+    """The model of a file of differences, with fresh read-outs of presence and marks."""
+    base, tokenizer = load_base()
+    llava = new_llava(base, image_token_id(tokenizer))
+    add_delta(llava, load_file(delta))
+    return Pocket(llava, Tower()), Tokens(tokenizer)
+
+
+def train_joint(run: Path, config: JointConfig, delta: Path | None = None) -> Iterator[dict[str, float]]:
+    """Train, or go on training, the whole in ``run``; yields metrics every 10 steps.
+
+    Args:
+        delta: start from these weights instead of what stages one and two left.
+    """
     torch.manual_seed(config.seed)
-    pocket, tokens = start(run)
+    pocket, tokens = start_from(delta) if delta else start(run)
     AttentionInterface.register("plain", plain_attention)
     pocket.llava.model.vision_tower.set_attn_implementation("plain")
     language, head = pocket.llava.model.language_model, pocket.llava.lm_head

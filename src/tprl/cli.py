@@ -3,6 +3,7 @@
 The modules are imported when they are called, since transformers takes seconds.
 """
 
+import os
 import sys
 from importlib import import_module
 
@@ -34,6 +35,8 @@ def main(arguments: list[str] | None = None) -> int:
     if name not in COMMANDS:
         print(f"tprl: unknown command {name!r}; known: {', '.join(COMMANDS)}", file=sys.stderr)
         return 2
+    if not sys.stderr.isatty():  # bars are for people
+        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     import tyro
 
     from tprl.checkpoint import DamagedCheckpoint

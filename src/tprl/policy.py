@@ -65,7 +65,7 @@ class Policy(nn.Module):
 class _Block(nn.Module):
     """A pre-norm transformer layer without dropout, so that a rollout and its update see the same policy.
 
-    PyTorch's own layer takes three times as long here: its fast path for masked attention is slow on CPUs.
+    PyTorch's own layer takes a path for masked attention that is slow on CPUs.
     """
 
     def __init__(self, hidden: int, heads: int) -> None:

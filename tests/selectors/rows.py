@@ -5,6 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from ragged import alone as alone
 from tprl.types import VisualTokens
 
 WIDTH, KEYS = 24, 6
@@ -33,16 +34,6 @@ def make(sizes: Sequence[tuple[int, int]], seed: int = 0, width: int = WIDTH) ->
     return VisualTokens(
         tokens * real, mask, coords, query * query_mask[..., None], query_mask,
         {"cls_attention": attention * mask, "tower_keys": keys * real},
-    )  # fmt: skip
-
-
-def alone(visual: VisualTokens, row: int) -> VisualTokens:
-    """One row without its padding."""
-    real, asked = visual.mask[row], visual.query_mask[row]
-    return VisualTokens(
-        visual.tokens[row, real][None], real[real][None], visual.coords[row, real][None],
-        visual.query[row, asked][None], asked[asked][None],
-        {name: signal[row, real][None] for name, signal in visual.signals.items()},
     )  # fmt: skip
 
 

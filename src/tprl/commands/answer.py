@@ -17,6 +17,7 @@ from tprl.commands.evaluate import SHIPPED_PRUNER
 from tprl.data.jsonl import read_image
 from tprl.draw import draw_kept, side_by_side
 from tprl.evaluate.flops import kv_cache_mib, lvlm_flops, module_flops
+from tprl.evaluate.latency import question_inputs
 from tprl.lvlm.model import Lvlm
 from tprl.pocket.assemble import open_lvlm
 from tprl.pruner import TokenPruner
@@ -81,7 +82,7 @@ def answer(
     total = int(visual.mask.sum())
     if budget is not None and budget > total:
         raise ValueError(f"--budget {budget} is more than the picture's {total} visual tokens; allowed: 1 to {total}")
-    inputs = _inputs(lvlm, shown, question)
+    inputs = question_inputs(lvlm, shown, question)
     whole = _run(lvlm, inputs, total, pruner_flops=0)
     own = module_flops(policy, visual.to("cpu"), method="keep_probs")
     with prune(lvlm.model, policy, budget=budget, threshold=threshold, processor=lvlm.processor) as pruned:
@@ -93,13 +94,6 @@ def answer(
         keep = torch.zeros(total, dtype=torch.bool).index_fill(0, indices.cpu(), True)
         _draw(shown, visual, keep, policy, short.text, steps).save(picture)
         print(f"wrote {picture}")
-
-
-def _inputs(lvlm: Lvlm, image: Image.Image, question: str) -> Any:
-    processor = cast(Any, lvlm.processor)
-    user = {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": question}]}
-    text = processor.apply_chat_template([user], add_generation_prompt=True, tokenize=False)
-    return processor(text=[text], images=[[image]], return_tensors="pt").to(lvlm.device, lvlm.model.dtype)
 
 
 @torch.no_grad()

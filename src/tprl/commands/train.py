@@ -25,7 +25,7 @@ QUICK = TrainConfig(
     validation=100,
     save_every=10,
 )
-"""A training of about three minutes that shows every stage at work; far too short for a good pruner."""
+"""A short training that shows every stage at work; far too short for a good pruner."""
 
 PAPER = TrainConfig(
     AutoencoderStage(steps=10_000, pictures=1, learning_rate=1e-4),

@@ -8,6 +8,7 @@ from statistics import median
 from typing import Any, cast
 
 import torch
+from PIL import Image
 from transformers import BatchFeature
 
 from tprl.data.sample import Sample, Source
@@ -26,14 +27,19 @@ class Prefill:
 
 
 def prompt_inputs(lvlm: Lvlm, source: Source, sample: Sample) -> BatchFeature:
-    """What ``forward`` and ``generate`` take for a sample, batch 1, by the model's own processor."""
+    """``question_inputs`` of a sample."""
+    return question_inputs(lvlm, source.image(sample.image_id), sample.question)
+
+
+def question_inputs(lvlm: Lvlm, image: Image.Image, question: str) -> BatchFeature:
+    """What ``forward`` and ``generate`` take for a question about a picture, batch 1, by the model's own processor."""
     processor = cast(Any, lvlm.processor)
-    user = {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": sample.question}]}
+    user = {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": question}]}
     text = processor.apply_chat_template([user], add_generation_prompt=True, tokenize=False)
     bos = processor.tokenizer.bos_token
     inputs = processor(
         text=[text],
-        images=[[source.image(sample.image_id)]],
+        images=[[image]],
         add_special_tokens=bos is None or not text.startswith(bos),
         return_tensors="pt",
     )

@@ -11,8 +11,8 @@ def word_columns(embeddings: Tensor, tokenizer: PreTrainedTokenizerBase, seed: i
     """Where the projector's second layer starts: one column ``(D,)`` for every unit of ``SLOTS``, ``(D, UNITS)``.
 
     A word is its token embedding, scaled so that what questions name stands out. Of all slots but the kind, only what
-    sets a word apart from the others of its slot is kept, since digits have a cosine of 0.74 among each other and
-    colours of 0.53; slots without a direction of their own are turned by a signed permutation of the embedding's
+    sets a word apart from the others of its slot is kept, since embeddings of digits or
+    colours are much alike; slots without a direction of their own are turned by a signed permutation of the embedding's
     dimensions, which keeps norms and angles.
     """
     generator = torch.Generator().manual_seed(seed)

@@ -18,6 +18,7 @@ import tprl.pruner
 from ragged import alone, visual_tokens
 from tprl.checkpoint import DamagedCheckpoint
 from tprl.config import PrunerConfig
+from tprl.match import MATCHES, question_match
 from tprl.policy import PolicyOutput
 from tprl.pruner import CONFIG, WEIGHTS, TokenPruner
 from tprl.types import VisualTokens
@@ -54,10 +55,12 @@ def with_logits(pruner: TokenPruner, logits: Tensor, monkeypatch: pytest.MonkeyP
 
 
 def test_tokens_are_centred_and_scaled() -> None:
-    pruner, tokens = make_pruner(), batch().tokens
+    pruner, visual = make_pruner(), batch()
+    tokens = visual.tokens
     torch.testing.assert_close(pruner.normalise(tokens), (tokens - pruner.token_mean) * 0.7)
     assert pruner.normalise(tokens.bfloat16()).dtype == torch.float32
-    assert torch.equal(pruner.encode(tokens), pruner.autoencoder.encode(pruner.normalise(tokens)))
+    latents = pruner.autoencoder.encode(pruner.normalise(tokens))
+    assert torch.equal(pruner.encode(visual), torch.cat([latents, question_match(visual)], 2))
 
 
 def test_probabilities_of_a_row_are_what_they_are_alone() -> None:
@@ -335,19 +338,20 @@ ROWS = torch.tensor([0, 0, 1, 2, 3])
 @pytest.mark.parametrize("settings", [{}, {"use_question": False}, {"use_autoencoder": False}])
 def test_a_look_at_a_state_is_a_look_at_what_it_holds(settings: dict[str, Any]) -> None:
     pruner, visual, held = make_pruner(**settings), batch(), states()
-    output = pruner.look(pruner.encode(visual.tokens), visual, held, ROWS)
+    latents = pruner.encode(visual)
+    output = pruner.look(latents, visual, held, ROWS)
     assert output.logits.shape == held.shape
     assert (output.logits[~held] == 0).all()
     for row, picture in enumerate(ROWS.tolist()):
         left = alone(replace(visual, mask=held[row].expand(4, -1)), picture)
-        expected = pruner.look(pruner.encode(left.tokens), left, left.mask)
+        expected = pruner.look(latents[picture, held[row]][None], left, left.mask)
         torch.testing.assert_close(output.logits[row, held[row]], expected.logits[0], rtol=1e-4, atol=1e-5)
         torch.testing.assert_close(output.state_value[row], expected.state_value[0], rtol=1e-4, atol=1e-5)
 
 
 def test_without_rows_there_is_a_state_a_picture() -> None:
     pruner, visual = make_pruner(), batch()
-    held, latents = states()[1:], pruner.encode(visual.tokens)
+    held, latents = states()[1:], pruner.encode(visual)
     found = pruner.look(latents, visual, held)
     expected = pruner.look(latents, visual, held, torch.arange(4))
     assert all(torch.equal(*pair) for pair in zip(found, expected, strict=True))
@@ -358,7 +362,7 @@ def test_without_rows_there_is_a_state_a_picture() -> None:
 def test_a_token_that_is_gone_is_gone() -> None:
     """Neither its values nor its place reach the others, nor does a gradient reach it."""
     pruner, visual = make_pruner(), batch()
-    latents = pruner.encode(visual.tokens).detach().requires_grad_()
+    latents = pruner.encode(visual).detach().requires_grad_()
     before = pruner.look(latents, visual, states(), ROWS)
     before.logits[states()].sum().backward(retain_graph=True)
     before.state_value.sum().backward()
@@ -373,6 +377,10 @@ def test_a_token_that_is_gone_is_gone() -> None:
 
 
 def test_without_the_autoencoder_the_policy_reads_the_tokens() -> None:
-    pruner, tokens = make_pruner(use_autoencoder=False), batch().tokens
-    assert torch.equal(pruner.encode(tokens), pruner.normalise(tokens))
-    assert pruner.policy.token_in.in_features == 12
+    pruner, visual = make_pruner(use_autoencoder=False), batch()
+    assert torch.equal(pruner.encode(visual)[..., :12], pruner.normalise(visual.tokens))
+    assert pruner.policy.token_in.in_features == 12 + MATCHES
+
+
+def test_without_the_question_nothing_matches_it() -> None:
+    assert not make_pruner(use_question=False).encode(batch())[..., -MATCHES:].any()

@@ -22,7 +22,7 @@ class Policy(nn.Module):
     """Keep logits and a state value from latents, places and the question.
 
     Args:
-        latent: L, width of the latents.
+        latent: L, width of what is seen of a token, its latents above all.
         width: D, width of the question's embeddings.
         hidden: width of the trunk.
         layers: transformer layers of the trunk.

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from tprl.autoencoder import TokenAutoencoder
 from tprl.checkpoint import DamagedCheckpoint, save_tensors, save_text
 from tprl.config import PrunerConfig
+from tprl.match import MATCHES, question_match
 from tprl.policy import Policy, PolicyOutput
 from tprl.selectors.base import check
 from tprl.types import Selection, VisualTokens
@@ -38,7 +39,9 @@ class TokenPruner(nn.Module):
         self.config = config
         self.autoencoder = TokenAutoencoder(config.width, config.autoencoder_hidden, config.latent)
         latent = config.latent if config.use_autoencoder else config.width
-        self.policy = Policy(latent, config.width, config.policy_hidden, config.policy_layers, config.policy_heads)
+        self.policy = Policy(
+            latent + MATCHES, config.width, config.policy_hidden, config.policy_layers, config.policy_heads
+        )
         self.register_buffer("token_mean", torch.zeros(config.width))
         self.register_buffer("token_scale", torch.ones(()))
 
@@ -46,16 +49,19 @@ class TokenPruner(nn.Module):
         """Visual tokens as the autoencoder reads them: float32, centred, unit variance over the training pictures."""
         return (tokens.float() - self.token_mean) * self.token_scale
 
-    def encode(self, tokens: Tensor) -> Tensor:
-        """Visual tokens ``(B, N, D)`` to latents ``(B, N, L)``; ``L`` is ``D`` without the autoencoder."""
-        tokens = self.normalise(tokens)
-        return self.autoencoder.encode(tokens) if self.config.use_autoencoder else tokens
+    def encode(self, visual: VisualTokens) -> Tensor:
+        """What the policy sees of every visual token, ``(B, N, L + MATCHES)``: its latents (the token itself without
+        the autoencoder) and how it matches the question."""
+        tokens = self.normalise(visual.tokens)
+        latents = self.autoencoder.encode(tokens) if self.config.use_autoencoder else tokens
+        match = question_match(visual) if self.config.use_question else latents.new_zeros(*latents.shape[:2], MATCHES)
+        return torch.cat([latents, match], 2)
 
     def look(self, latents: Tensor, visual: VisualTokens, state: Tensor, rows: Tensor | None = None) -> PolicyOutput:
         """The policy's output for states. Tokens that a state does not hold cost nothing; their logits are 0.
 
         Args:
-            latents: ``(B, N, L)`` from ``encode``.
+            latents: ``(B, N, L + MATCHES)`` from ``encode``.
             visual: ``B`` pictures and their questions.
             state: bool ``(R, N)``, the tokens still held.
             rows: int64 ``(R,)``, which picture each state belongs to; None where there is one state a picture.
@@ -110,7 +116,7 @@ class TokenPruner(nn.Module):
     def _logits(self, visual: VisualTokens) -> Tensor:
         """Of keeping each token in one look, ``(B, N)``, minus infinity at padding. Tokens are ranked by these, since
         probabilities round to 1."""
-        logits = self.look(self.encode(visual.tokens), visual, visual.mask).logits
+        logits = self.look(self.encode(visual), visual, visual.mask).logits
         return logits.masked_fill(~visual.mask, -torch.inf)
 
     def _check(self, visual: VisualTokens) -> None:

@@ -29,7 +29,7 @@ def test_imitating_teaches_which_token_the_question_names() -> None:
     indices = list(range(len(puzzle)))
     visual = puzzle.visual(indices)
     target = torch.nn.functional.one_hot(puzzle.place(indices), visual.mask.shape[1]).float()
-    latents = pruner.encode(visual.tokens).detach()
+    latents = pruner.encode(visual).detach()
     for _ in range(200):
         loss = imitation_loss(pruner.look(latents, visual, visual.mask).logits, target, visual.mask)
         optimizer.zero_grad()

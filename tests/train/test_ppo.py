@@ -62,7 +62,7 @@ def test_the_loss_equals_a_loop_over_tokens() -> None:
         for t in range(SETTINGS.horizon):
             state = rolled.trajectory.states[episode, t]
             one = Puzzle().visual([INDICES[question]])
-            logits = pruner.look(pruner.encode(one.tokens), one, state[None]).logits[0]
+            logits = pruner.look(pruner.encode(one), one, state[None]).logits[0]
             for i in range(COUNT):
                 if not state[i]:
                     continue

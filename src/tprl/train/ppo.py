@@ -31,7 +31,7 @@ class Rollouts:
 
     Attributes:
         visual: the questions, ``Q`` rows.
-        latents: ``(Q, N, L)``.
+        latents: ``(Q, N, L + MATCHES)``, see ``TokenPruner.encode``.
         rows: int64 ``(G * Q,)``, the question of each episode.
         trajectory: of ``G * Q`` episodes.
         log_probs: ``(G * Q, T, N)`` of every token's draw when it was made.
@@ -78,7 +78,7 @@ def roll_out(
 ) -> Rollouts:
     """Sample episodes and score all their steps in one call."""
     visual = train.visual(indices)
-    latents = pruner.encode(visual.tokens)
+    latents = pruner.encode(visual)
     rows = torch.arange(len(indices)).repeat(settings.rollouts)
     env = PruningEnv(visual.mask[rows], settings.horizon, settings.alpha, settings.beta)
     log_probs, values = [], []

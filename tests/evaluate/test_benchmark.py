@@ -147,7 +147,7 @@ def test_unpruned_and_blind(lvlm: Lvlm, results: dict[str, Any]) -> None:
     blind = []
     for sample in world.samples:
         before, after = lvlm.prompt_ids(sample.question)
-        ids = before + after
+        ids = before[:-1] + after
         output = lvlm.model.generate(input_ids=torch.tensor([ids]), max_new_tokens=2, do_sample=False, eos_token_id=4)
         answer = lvlm.processor.tokenizer.decode(output[0, len(ids) :], skip_special_tokens=True)
         blind.append(score(sample, answer))

@@ -1,12 +1,9 @@
 """Cached pictures, and how right the model's answers are."""
 
-from pathlib import Path
-
 import pytest
 import torch
 
 from evaluate.world import World, tiny_lvlm
-from lvlm.tiny import make
 from tprl.data.sample import Source
 from tprl.evaluate.latency import prompt_inputs
 from tprl.lvlm.cache import EncodedSamples
@@ -70,11 +67,3 @@ def test_a_second_cache_reads_what_the_first_wrote(lvlm: Lvlm, encoded: EncodedS
     again = EncodedSamples(lvlm_without_tower, encoded.source, encoded.folder.parent, encoded.signals)
     assert again.folder == encoded.folder
     torch.testing.assert_close(again.features("3").tokens, encoded.features("3").tokens)
-
-
-@pytest.mark.parametrize("name", ["qwen2_vl", "qwen3_vl", "gemma3", "paligemma"])
-def test_families_whose_answers_cannot_be_packed_are_refused(name: str, tmp_path: Path) -> None:
-    lvlm = Lvlm(make(name).model)
-    with pytest.raises(ValueError, match=f"{lvlm.family.name} cannot be scored .* LLaVA-1.5"):
-        EncodedSamples(lvlm, World(), tmp_path / "cache")
-    assert not (tmp_path / "cache").exists()

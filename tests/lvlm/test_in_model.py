@@ -14,7 +14,7 @@ from torch import Tensor
 from transformers import DynamicCache, LlamaConfig, LlamaModel, StaticCache
 
 from tprl.lvlm.in_model import dropping, resumed
-from tprl.lvlm.packing import Block, pack
+from tprl.lvlm.packing import Block, make_prefix, pack
 from tprl.selectors.in_model import Dart, FastV, LayerView, PyramidDrop
 from tprl.types import Selection
 
@@ -221,10 +221,8 @@ def test_a_packed_batch_decides_by_the_question_not_by_the_answer() -> None:
     model = decoder()
     random = torch.Generator().manual_seed(3)
     rows = [[Block([7, 8, 9, 4, 5], 3)], [Block([6, 3, 2], 2)]]
-    packed = pack([1, 2], torch.arange(9).repeat(2, 1), torch.ones(2, 9).bool(), 9, rows)
-    visual = torch.zeros_like(packed.ids, dtype=torch.bool)
-    visual[:, packed.visual] = True
-    last = packed.visual.stop - 1 + torch.tensor([3, 2])
+    packed = pack(make_prefix([[1, 2, 99]] * 2, 99, [[9]] * 2), torch.ones(2, 9).bool(), rows)
+    visual, last = packed.visual, packed.start - 1 + torch.tensor([3, 2])
     tokens = torch.randn(2, 9, 32, generator=random).double()
     table = model.get_input_embeddings()
     kept, hidden = [], []
@@ -232,9 +230,9 @@ def test_a_packed_batch_decides_by_the_question_not_by_the_answer() -> None:
         ids = packed.ids.clone()
         ids[0, last[0] + 1] = answer
         embeds = table(ids)
-        embeds[:, packed.visual] = tokens
+        embeds[visual] = tokens.flatten(0, 1)
         with dropping(model, FastV(2), visual=visual, last=last, budgets=torch.tensor([3, 3])) as dropped:
-            outputs = model(inputs_embeds=embeds, position_ids=packed.positions, attention_mask=packed.mask)
+            outputs = model(inputs_embeds=embeds, position_ids=packed.positions[0], attention_mask=packed.mask)
         kept.append(dropped.kept[0])
         hidden.append(outputs.last_hidden_state)
     assert torch.equal(*kept)
@@ -242,7 +240,7 @@ def test_a_packed_batch_decides_by_the_question_not_by_the_answer() -> None:
     assert torch.equal(hidden[0][0, : last[0] + 1], hidden[1][0, : last[0] + 1])
     assert not torch.equal(hidden[0][0, last[0] + 1], hidden[1][0, last[0] + 1])
     for row, (block,) in enumerate(rows):
-        end = packed.visual.stop + len(block.ids)
+        end = packed.start + len(block.ids)
         single = torch.cat([table(torch.tensor([1, 2])), tokens[row], table(torch.tensor(block.ids))])[None]
         with dropping(model, FastV(2), visual=visual[row : row + 1, :end], last=last[row : row + 1],
                       budgets=torch.tensor([3])) as alone:  # fmt: skip

@@ -8,10 +8,14 @@ import torch
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from tprl.lvlm.packing import IGNORE, Block, Packed, kept_indices, pack
+from tprl.lvlm.packing import IGNORE, Block, Packed, Prefix, kept_indices, make_prefix, pack
 from tprl.lvlm.score import AnswerScorer
 
-VOCAB, WIDTH, BEFORE, VISUAL = 48, 16, [1, 5, 9], 11
+VOCAB, WIDTH, BEFORE, VISUAL, IMAGE = 48, 16, [1, 5, 9], 11, 99
+
+
+def prefixes(rows: int, before: Sequence[int] = BEFORE, visual: int = VISUAL) -> Prefix:
+    return make_prefix([[*before, IMAGE]] * rows, IMAGE, [[visual]] * rows)
 
 
 @pytest.fixture(scope="module")
@@ -63,9 +67,9 @@ def logits_of(model: LlamaForCausalLM, packed: Packed, pictures: Tensor, keep: T
     embeds = model.get_input_embeddings()(packed.ids).clone()
     for row, mask in enumerate(keep):
         for place, token in enumerate(mask.nonzero()[:, 0].tolist()):
-            embeds[row, packed.visual.start + place] = pictures[row, token]
+            embeds[row, len(BEFORE) + place] = pictures[row, token]
     with torch.no_grad():
-        return model(inputs_embeds=embeds, position_ids=packed.positions, attention_mask=packed.mask).logits
+        return model(inputs_embeds=embeds, position_ids=packed.positions[0], attention_mask=packed.mask).logits
 
 
 def log_probs(logits: Tensor, packed: Packed) -> list[list[float]]:
@@ -95,7 +99,7 @@ def alone(model: LlamaForCausalLM, picture: Tensor, keep: Tensor, block: Block) 
 
 def packed_batch(counts: Sequence[int] = (3, 1, 2, 2)) -> tuple[Packed, list[list[Block]]]:
     rows = blocks(counts)
-    return pack(BEFORE, *kept_indices(masks()), VISUAL, rows), rows
+    return pack(prefixes(4), masks(), rows), rows
 
 
 def expected(model: LlamaForCausalLM, rows: list[list[Block]]) -> list[list[float]]:
@@ -120,8 +124,8 @@ def test_what_would_be_wrong_is_told_apart(model: LlamaForCausalLM) -> None:
     wanted, shown, keep = expected(model, rows), pictures(4), masks()
     indices, real = kept_indices(keep)
     anew = packed.positions.clone()
-    anew[:, packed.visual] = len(BEFORE) + torch.arange(indices.shape[1])
-    anew[:, packed.visual.stop :] -= VISUAL - indices.shape[1]
+    anew[..., len(BEFORE) : packed.start] = len(BEFORE) + torch.arange(indices.shape[1])
+    anew[..., packed.start :] -= VISUAL - indices.shape[1]
     squeezed = anew - (packed.positions >= len(BEFORE) + VISUAL) * (indices.shape[1] - real.sum(1))[:, None]
     causal = torch.ones_like(packed.mask).tril()
     wrong = {
@@ -139,7 +143,7 @@ def test_padding_is_never_seen(model: LlamaForCausalLM) -> None:
     blank = torch.ones_like(packed.ids, dtype=torch.bool)
     for row, keep in enumerate(masks()):
         blank[row, : len(BEFORE) + int(keep.sum())] = False
-        blank[row, packed.visual.stop : packed.visual.stop + sum(len(block.ids) for block in rows[row])] = False
+        blank[row, packed.start : packed.start + sum(len(block.ids) for block in rows[row])] = False
     assert blank.any(1).tolist() == [True, True, True, True]
     embeds_at[blank] = torch.randint(VOCAB, (int(blank.sum()),), generator=torch.Generator().manual_seed(3))
     before, after = (
@@ -152,8 +156,8 @@ def test_padding_is_never_seen(model: LlamaForCausalLM) -> None:
 
 def test_the_scorer_agrees(model: LlamaForCausalLM) -> None:
     rows = blocks((3, 1, 2, 2))
-    scorer = AnswerScorer(model.model, model.lm_head, BEFORE, tokens_per_pass=60)
-    scores = scorer.score(pictures(4), masks(), rows)
+    scorer = AnswerScorer(model.model, model.lm_head, tokens_per_pass=60)
+    scores = scorer.score(prefixes(4), pictures(4), masks(), rows)
     means = torch.tensor([sum(answer) / len(answer) for answer in expected(model, rows)])
     torch.testing.assert_close(scores.log_prob, means, rtol=1e-5, atol=1e-5)
 
@@ -163,11 +167,13 @@ def test_a_layout_by_hand() -> None:
     the second; "20 21 | 22" and "30 | 31 32" about the first, "40 | 41" about the second."""
     keep = torch.tensor([[0, 1, 0, 1], [1, 0, 0, 0]]).bool()
     rows = [[Block([20, 21, 22], 2), Block([30, 31, 32], 1)], [Block([40, 41], 1)]]
-    packed = pack([7, 8], *kept_indices(keep), 4, rows)
-    assert packed.visual == slice(2, 4)
+    packed = pack(prefixes(2, [7, 8], 4), keep, rows)
+    assert packed.start == 4
+    assert packed.visual.int().tolist() == [[0, 0, 1, 1, 0, 0, 0, 0, 0, 0], [0, 0, 1, 0, 0, 0, 0, 0, 0, 0]]
+    assert packed.places[:, :7].tolist() == [[0, 1, 2, 3, 4, 5, 6], [0, 1, 2, 3, 3, 4, 0]]
     assert packed.ids.tolist() == [[7, 8, 0, 0, 20, 21, 22, 30, 31, 32], [7, 8, 0, 0, 40, 41, 0, 0, 0, 0]]
-    assert packed.positions[0].tolist() == [0, 1, 3, 5, 6, 7, 8, 6, 7, 8]
-    assert packed.positions[1, [0, 1, 2, 4, 5]].tolist() == [0, 1, 2, 6, 7]
+    assert packed.positions[0, 0].tolist() == [0, 1, 3, 5, 6, 7, 8, 6, 7, 8]
+    assert packed.positions[0, 1, [0, 1, 2, 4, 5]].tolist() == [0, 1, 2, 6, 7]
     none = IGNORE
     assert packed.targets.tolist() == [
         [none, none, none, none, none, 22, none, 31, 32, none],
@@ -187,15 +193,15 @@ def test_a_layout_by_hand() -> None:
 
 def test_nothing_before_the_picture() -> None:
     keep = torch.tensor([[0, 1, 0, 1]]).bool()
-    packed = pack([], *kept_indices(keep), 4, [[Block([20, 21], 1)]])
-    assert packed.visual == slice(0, 2)
+    packed = pack(prefixes(1, [], 4), keep, [[Block([20, 21], 1)]])
+    assert packed.visual.tolist() == [[True, True, False, False]]
     assert packed.ids.tolist() == [[0, 0, 20, 21]]
-    assert packed.positions.tolist() == [[1, 3, 4, 5]]
+    assert packed.positions.tolist() == [[[1, 3, 4, 5]]]
     assert packed.targets.tolist() == [[IGNORE, IGNORE, 21, IGNORE]]
 
 
 def test_a_prompt_without_an_answer_has_no_targets() -> None:
-    packed = pack([7], *kept_indices(torch.ones(1, 2).bool()), 2, [[Block([20, 21], 2)]])
+    packed = pack(prefixes(1, [7], 2), torch.ones(1, 2).bool(), [[Block([20, 21], 2)]])
     assert (packed.targets == IGNORE).all()
     assert (packed.owners == -1).all()
 

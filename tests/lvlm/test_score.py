@@ -7,7 +7,7 @@ from torch import Tensor
 from evaluate.world import END, QUESTIONS, TEXTS, tiny_lvlm
 from tprl.lvlm.in_model import dropping
 from tprl.lvlm.model import Lvlm
-from tprl.lvlm.packing import Block
+from tprl.lvlm.packing import Block, Prefix, make_prefix
 from tprl.lvlm.score import AnswerScorer, Within
 from tprl.selectors import IN_MODEL
 
@@ -19,7 +19,17 @@ def lvlm() -> Lvlm:
 
 @pytest.fixture(scope="module")
 def scorer(lvlm: Lvlm) -> AnswerScorer:
-    return AnswerScorer(lvlm.model.model.language_model, lvlm.model.lm_head, lvlm.prompt_ids("?")[0], 100)
+    return AnswerScorer(lvlm.model.model.language_model, lvlm.model.lm_head, tokens_per_pass=100)
+
+
+@pytest.fixture(scope="module")
+def before(lvlm: Lvlm) -> list[int]:
+    return lvlm.prompt_ids("?")[0][:-1]
+
+
+@pytest.fixture(scope="module")
+def prefix(before: list[int]) -> Prefix:
+    return make_prefix([[*before, 60]] * 6, 60, [[16]] * 6)
 
 
 def block(lvlm: Lvlm, number: int) -> Block:
@@ -37,25 +47,28 @@ def keep() -> Tensor:
     return torch.rand(6, 16, generator=torch.Generator().manual_seed(1)) < torch.linspace(0.1, 1, 6)[:, None]
 
 
-def prefix(scorer: AnswerScorer, tokens: Tensor, keep: Tensor, ids: list[int]) -> tuple[Tensor, Tensor]:
+def alone(
+    scorer: AnswerScorer, before: list[int], tokens: Tensor, keep: Tensor, ids: list[int]
+) -> tuple[Tensor, Tensor]:
     """Embeddings ``(1, L, D)`` and positions ``(1, L)`` of one question, written out."""
     embed = scorer.language.get_input_embeddings()
-    before, after = embed(torch.tensor(scorer.before)), embed(torch.tensor(ids))
     places = [*range(len(before)), *(len(before) + i for i in range(16) if keep[i])]
     places += [len(before) + 16 + i for i in range(len(ids))]
-    return torch.cat([before, tokens[keep], after])[None], torch.tensor([places])
+    return torch.cat([embed(torch.tensor(before)), tokens[keep], embed(torch.tensor(ids))])[None], torch.tensor(
+        [places]
+    )
 
 
 @torch.no_grad()
 def test_score_is_that_of_one_forward_a_question(
-    lvlm: Lvlm, scorer: AnswerScorer, tokens: Tensor, keep: Tensor
+    lvlm: Lvlm, scorer: AnswerScorer, before: list[int], prefix: Prefix, tokens: Tensor, keep: Tensor
 ) -> None:
     rows = [[block(lvlm, 3 * row + i) for i in range(1 + row % 3)] for row in range(6)]
-    scores = scorer.score(tokens, keep, rows)
+    scores = scorer.score(prefix, tokens, keep, rows)
     wanted, correct = [], []
     for row, blocks in enumerate(rows):
         for part in blocks:
-            embeds, positions = prefix(scorer, tokens[row], keep[row], part.ids)
+            embeds, positions = alone(scorer, before, tokens[row], keep[row], part.ids)
             logits = lvlm.model.lm_head(scorer.language(inputs_embeds=embeds, position_ids=positions)[0])[0]
             start = len(logits) - len(part.ids) + part.answer_start
             answer = torch.tensor(part.ids[part.answer_start :])
@@ -68,7 +81,7 @@ def test_score_is_that_of_one_forward_a_question(
 
 @torch.no_grad()
 def test_generate_is_greedy_one_question_at_a_time(
-    lvlm: Lvlm, scorer: AnswerScorer, tokens: Tensor, keep: Tensor
+    lvlm: Lvlm, scorer: AnswerScorer, before: list[int], prefix: Prefix, tokens: Tensor, keep: Tensor
 ) -> None:
     """Compared without a cache, and cut at an end token that most answers do not reach."""
     prompts = [lvlm.prompt_ids(QUESTIONS[row % 4])[1] for row in range(6)]
@@ -77,28 +90,28 @@ def test_generate_is_greedy_one_question_at_a_time(
         for row, prompt in enumerate(prompts):
             answer: list[int] = []
             while len(answer) < 4 and end not in answer:
-                embeds, positions = prefix(scorer, tokens[row], keep[row], prompt + answer)
+                embeds, positions = alone(scorer, before, tokens[row], keep[row], prompt + answer)
                 hidden = scorer.language(inputs_embeds=embeds, position_ids=positions)[0]
                 answer.append(int(lvlm.model.lm_head(hidden)[0, -1].argmax()))
             wanted.append([token for token in answer if token != end])
-        assert scorer.generate(tokens, keep, prompts, end, 4) == wanted
+        assert scorer.generate(prefix, tokens, keep, prompts, end, 4) == wanted
 
 
 @torch.no_grad()
 @pytest.mark.parametrize("name", IN_MODEL)
 def test_methods_inside_the_model_prune_each_row_as_alone(
-    lvlm: Lvlm, scorer: AnswerScorer, tokens: Tensor, name: str
+    lvlm: Lvlm, scorer: AnswerScorer, before: list[int], prefix: Prefix, tokens: Tensor, name: str
 ) -> None:
     method, everything = IN_MODEL[name](), torch.ones(6, 16, dtype=torch.bool)
     blocks = [block(lvlm, row) for row in range(6)]
-    scores = scorer.score(tokens, everything, [[part] for part in blocks], Within(method, 4))
+    scores = scorer.score(prefix, tokens, everything, [[part] for part in blocks], Within(method, 4))
     prompts = [part.ids[: part.answer_start] for part in blocks]
-    answers = scorer.generate(tokens, everything, prompts, 40, 3, Within(method, 4))
+    answers = scorer.generate(prefix, tokens, everything, prompts, 40, 3, Within(method, 4))
     for row, part in enumerate(blocks):
-        embeds, positions = prefix(scorer, tokens[row], everything[row], part.ids)
+        embeds, positions = alone(scorer, before, tokens[row], everything[row], part.ids)
         visual = torch.zeros(1, embeds.shape[1], dtype=torch.bool)
-        visual[:, len(scorer.before) : len(scorer.before) + 16] = True
-        last = torch.tensor([len(scorer.before) + 16 + part.answer_start - 1])
+        visual[:, len(before) : len(before) + 16] = True
+        last = torch.tensor([len(before) + 16 + part.answer_start - 1])
         with dropping(scorer.language, method, visual=visual, last=last, budgets=torch.tensor([4])):
             logits = lvlm.model.lm_head(scorer.language(inputs_embeds=embeds, position_ids=positions)[0])[0]
         answer = torch.tensor(part.ids[part.answer_start :])
@@ -107,13 +120,13 @@ def test_methods_inside_the_model_prune_each_row_as_alone(
         torch.testing.assert_close(scores.log_prob[row], log_prob, rtol=1e-4, atol=1e-4)
         assert answers[row][0] == int(predicted[0].argmax())
     with pytest.raises(ValueError, match="prunes for one question a row"):
-        scorer.score(tokens, everything, [blocks[:2]] * 6, Within(method, 4))
+        scorer.score(prefix, tokens, everything, [blocks[:2]] * 6, Within(method, 4))
 
 
 def test_passes_hold_no_more_than_asked_and_little_padding(lvlm: Lvlm, scorer: AnswerScorer) -> None:
     keep = torch.arange(16).expand(40, -1) < torch.arange(40)[:, None] % 17
     rows = [[block(lvlm, row)] for row in range(40)]
-    passes = scorer._passes(keep, rows)
+    passes = scorer._passes(1 + keep.sum(1), rows)
     assert sorted(row for chosen in passes for row in chosen) == list(range(40))
     for chosen in passes:
         lengths = [1 + int(keep[row].sum()) + len(rows[row][0].ids) for row in chosen]

@@ -15,9 +15,9 @@ def test_it_is_what_each_question_alone_attends_to(tmp_path: Path) -> None:
     indices = data.questions[data.image_ids[1]]
     tokens = data.features(data.image_ids[1]).tokens
     blocks = [data.block(index) for index in indices]
-    together = text_attention(data.scorer, tokens, blocks, layer=3)
+    together = text_attention(data.scorer, data.prefix(indices[:1]), tokens, blocks, layer=3)
     assert together.shape == (len(blocks), len(tokens))
-    decoder, before = lvlm.model.get_decoder(), data.scorer.before
+    decoder, before = lvlm.model.get_decoder(), lvlm.prompt_ids("?")[0][:-1]
     decoder.set_attn_implementation("eager")
     start = len(before)
     for row, block in enumerate(blocks):

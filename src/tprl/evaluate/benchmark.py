@@ -234,8 +234,8 @@ class Benchmark:
         drops = [before - after for before, after in zip(unpruned.scores, cell.scores, strict=True)]
         low, high = bootstrap_ci95(drops, self.seed)
         config, kept = self.lvlm.model.config, mean(cell.kept)
-        prompts = [self.encoded.block(i).answer_start for i in range(len(self.encoded))]
-        text, total = len(self.encoded.scorer.before) + mean(prompts), round(mean(unpruned.kept))
+        text = mean([self.encoded.text_tokens(i) for i in range(len(self.encoded))])
+        total = round(mean(unpruned.kept))
         counts = method.layer_counts(config.get_text_config().num_hidden_layers, total)
         whole = lvlm_flops(config, total, round(text)).total
         flops = lvlm_flops(config, total if counts else round(kept), round(text), counts).total + cell.selector_flops

@@ -34,8 +34,7 @@ def prompt_inputs(lvlm: Lvlm, source: Source, sample: Sample) -> BatchFeature:
 def question_inputs(lvlm: Lvlm, image: Image.Image, question: str) -> BatchFeature:
     """What ``forward`` and ``generate`` take for a question about a picture, batch 1, by the model's own processor."""
     processor = cast(Any, lvlm.processor)
-    user = {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": question}]}
-    text = processor.apply_chat_template([user], add_generation_prompt=True, tokenize=False)
+    text = lvlm.prompt_text(question)
     bos = processor.tokenizer.bos_token
     inputs = processor(
         text=[text],

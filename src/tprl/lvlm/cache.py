@@ -1,12 +1,13 @@
 """Samples as a frozen LVLM sees them, computed once and kept on disk.
 
-Pictures become visual tokens in shards of bounded size; a shard is read slice by slice, never whole. The cache is
-keyed by everything that its content depends on, so another model, other data or another dtype make another cache.
+Pictures become visual tokens in shards of ``SHARD_BYTES``; a shard is read slice by slice, never whole, so memory does
+not grow with the number of pictures. The cache is keyed by everything that its content depends on, so another model,
+another processor, other data or another dtype make another cache.
 """
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -18,15 +19,15 @@ from torch.nn.utils.rnn import pad_sequence
 
 from tprl.checkpoint import load_checkpoint, save_checkpoint, save_tensors
 from tprl.data.sample import Sample, Source
-from tprl.lvlm.families import FAMILIES
-from tprl.lvlm.model import ImageFeatures, Lvlm
-from tprl.lvlm.packing import Block
+from tprl.lvlm.model import EncodedPicture, Lvlm
+from tprl.lvlm.packing import Block, Prefix, make_prefix
 from tprl.lvlm.score import AnswerScorer, AnswerScores, Within
 from tprl.progress import track
 from tprl.scoring import score
 from tprl.types import VisualTokens
 
-SHARD_PICTURES = 128
+SHARD_BYTES = 256 * 2**20
+"""A shard is closed once it holds so much; building one takes as much memory, and a batch of pictures."""
 ENCODE_BATCH = 16
 ANSWER_LIMIT = 32
 """Tokens after which a generated answer is cut off."""
@@ -34,9 +35,13 @@ ANSWER_LIMIT = 32
 
 @dataclass(frozen=True)
 class _Place:
+    """Where a picture's rows stand, and its ``text`` and ``runs`` as in ``EncodedPicture``."""
+
     shard: int
     first: int
     last: int
+    text: str
+    runs: tuple[int, ...]
 
 
 class EncodedSamples:
@@ -50,12 +55,6 @@ class EncodedSamples:
     """
 
     def __init__(self, lvlm: Lvlm, source: Source, folder: Path, signals: frozenset[str] = frozenset()) -> None:
-        if not lvlm.family.packs:
-            known = [family.name for family in FAMILIES.values() if family.packs and family.around is not None]
-            raise ValueError(
-                f"answers of {lvlm.family.name} cannot be scored in packed rows yet, so it can be pruned, but neither "
-                f"trained for nor evaluated; families that can: {', '.join(known)}"
-            )
         self.lvlm, self.source = lvlm, source
         self.samples: Sequence[Sample] = source.samples
         self.image_ids = list(dict.fromkeys(sample.image_id for sample in self.samples))
@@ -63,6 +62,7 @@ class EncodedSamples:
         key = {
             "weights": weights_digest(lvlm),
             "dtype": str(lvlm.model.dtype),
+            "processor": cast(Any, lvlm.processor).image_processor.to_json_string(),
             "source": [source.name, source.split],
             "images": hashlib.sha256("\n".join(self.image_ids).encode()).hexdigest(),
             "pixels": hashlib.sha256(source.image(self.image_ids[0]).tobytes()).hexdigest(),
@@ -71,11 +71,12 @@ class EncodedSamples:
         self.folder = folder / hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:16]
         self.folder.mkdir(parents=True, exist_ok=True)
         self._build()
-        self.scorer = AnswerScorer(lvlm.model.model.language_model, lvlm.model.lm_head, lvlm.prompt_ids("?")[0])
+        model = cast(Any, lvlm.model)
+        self.scorer = AnswerScorer(model.get_decoder(), model.get_output_embeddings(), lvlm.family.both_ways)
         self.questions: dict[str, list[int]] = {image_id: [] for image_id in self.image_ids}
         for index, sample in enumerate(self.samples):
             self.questions[sample.image_id].append(index)
-        self._blocks: dict[int, Block] = {}
+        self._prompts: dict[int, tuple[list[int], Block]] = {}
         self._unpruned: AnswerScores | None = None
 
     def __len__(self) -> int:
@@ -87,27 +88,67 @@ class EncodedSamples:
         visual = self.lvlm.visual_tokens(features, [self.samples[i].question for i in indices])
         return visual.to(self.lvlm.device)
 
-    def features(self, image_id: str) -> ImageFeatures:
-        """One picture's tokens, places and signals, read from its shard."""
+    def features(self, image_id: str) -> EncodedPicture:
+        """One picture as the language model is shown it, read from its shard."""
         place = self._places[image_id]
         with safe_open(self._shard(place.shard), "pt") as file:
             parts = {name: file.get_slice(name)[place.first : place.last] for name in file.keys()}  # noqa: SIM118
-        return ImageFeatures(parts.pop("tokens"), parts.pop("coords"), parts)
+        named = {name: parts.pop(name) for name in ("tokens", "coords", "places", "deep") if name in parts}
+        return EncodedPicture(signals=parts, text=place.text, runs=place.runs, **named)
 
     def block(self, index: int) -> Block:
         """Question and reference answer of a sample, tokenised, as they follow the picture."""
-        if index not in self._blocks:
+        return self._prompt(index)[1]
+
+    def text_tokens(self, index: int) -> int:
+        """How many tokens of a sample's prompt are not visual."""
+        before, block = self._prompt(index)
+        return len(before) - before.count(self._image_id) + block.answer_start
+
+    def prefix(self, indices: Sequence[int], pictures: bool = True) -> Prefix:
+        """What stands before the questions of samples ``indices``, one row each.
+
+        Args:
+            pictures: False leaves the pictures out, as if they had no visual tokens.
+        """
+        before = [self._prompt(i)[0] for i in indices]
+        if not pictures:
+            text = [[token for token in row if token != self._image_id] for row in before]
+            return make_prefix(text, self._image_id, [()] * len(text))
+        runs = [self._places[self.samples[i].image_id].runs for i in indices]
+        if not self._stored & {"places", "deep"}:
+            return make_prefix(before, self._image_id, runs)
+        shown = [self.features(self.samples[i].image_id) for i in indices]
+        places = [picture.places for picture in shown if picture.places is not None]
+        deep = [picture.deep for picture in shown if picture.deep is not None]
+        return make_prefix(before, self._image_id, runs, places, pad_sequence(deep, True) if deep else None)
+
+    def _prompt(self, index: int) -> tuple[list[int], Block]:
+        """A sample's prompt up to the last visual token, see ``Lvlm.prompt_ids``, and its block."""
+        if index not in self._prompts:
             sample = self.samples[index]
-            _, prompt = self.lvlm.prompt_ids(sample.question)
-            _, whole = self.lvlm.prompt_ids(sample.question, sample.answers[0])
-            self._blocks[index] = Block(whole, len(prompt))
-        return self._blocks[index]
+            shown = self._places[sample.image_id].text
+            before, prompt = self.lvlm.prompt_ids(sample.question, None, shown)
+            _, whole = self.lvlm.prompt_ids(sample.question, sample.answers[0], shown)
+            self._prompts[index] = before, Block(whole, len(prompt))
+        return self._prompts[index]
 
     def score(
         self, indices: Sequence[int], tokens: Tensor, keep_mask: Tensor, within: Within | None = None
     ) -> AnswerScores:
         """Scores of the reference answers of samples ``indices`` from the kept tokens, one row each."""
-        return self.scorer.score(tokens, keep_mask, [[self.block(i)] for i in indices], within)
+        return self._scored(indices, tokens, keep_mask, [[self.block(i)] for i in indices], within)
+
+    def _scored(
+        self,
+        firsts: Sequence[int],
+        tokens: Tensor,
+        keep_mask: Tensor,
+        rows: Sequence[Sequence[Block]],
+        within: Within | None = None,
+    ) -> AnswerScores:
+        """Scores of rows whose first questions are those of samples ``firsts``."""
+        return self.scorer.score(self.prefix(firsts, tokens.shape[1] > 0), tokens, keep_mask, rows, within)
 
     def accuracy(
         self, indices: Sequence[int], tokens: Tensor, keep_mask: Tensor, within: Within | None = None
@@ -118,7 +159,7 @@ class EncodedSamples:
         and samples with several accepted answers are answered token by token and scored by ``tprl.scoring.score``.
 
         Args:
-            tokens: ``(B, N, D)``.
+            tokens: ``(B, N, D)``; where ``N`` is 0, the prompts are asked without any picture.
             keep_mask: bool ``(B, N)``.
             within: drops more tokens inside the language model.
 
@@ -128,8 +169,8 @@ class EncodedSamples:
         result = torch.zeros(len(indices))
         told = torch.tensor([self._one_text(i) for i in indices], dtype=torch.bool, device=keep_mask.device)
         if bool(told.any()):
-            rows = [[self.block(i)] for i in indices if self._one_text(i)]
-            result[told.cpu()] = self.scorer.score(tokens[told], keep_mask[told], rows, within).correct.float()
+            chosen = [i for i in indices if self._one_text(i)]
+            result[told.cpu()] = self.score(chosen, tokens[told], keep_mask[told], within).correct.float()
         asked = [i for i in indices if not self._one_text(i)]
         if asked:
             answers = self.answers(asked, tokens[~told], keep_mask[~told], within)
@@ -155,7 +196,8 @@ class EncodedSamples:
         if indices:
             full = [row for row, questions in enumerate(told) if questions]
             blocks = [[self.block(i) for i in told[row]] for row in full]
-            result = self.scorer.score(tokens[full], keep_mask[full], blocks).correct.float()
+            firsts = [told[row][0] for row in full]
+            result = self._scored(firsts, tokens[full], keep_mask[full], blocks).correct.float()
         if asked:
             rows = [row for row, _ in asked]
             generated = self.accuracy([i for _, i in asked], tokens[rows], keep_mask[rows])
@@ -168,7 +210,8 @@ class EncodedSamples:
         """The greedy answers to samples ``indices`` as texts, one row each; arguments as for ``accuracy``."""
         blocks = [self.block(i) for i in indices]
         prompts = [block.ids[: block.answer_start] for block in blocks]
-        ids = self.scorer.generate(tokens, keep_mask, prompts, blocks[0].ids[-1], ANSWER_LIMIT, within)
+        prefix, end = self.prefix(indices, tokens.shape[1] > 0), blocks[0].ids[-1]
+        ids = self.scorer.generate(prefix, tokens, keep_mask, prompts, end, ANSWER_LIMIT, within)
         tokenizer = cast(Any, self.lvlm.processor).tokenizer
         return [tokenizer.decode(answer, skip_special_tokens=True) for answer in ids]
 
@@ -208,7 +251,8 @@ class EncodedSamples:
                 for mask, part in zip(given, shown, strict=True)
             ]
             rows = [[self.block(i) for i in self.questions[image_id]] for image_id in chosen]
-            scores = self.scorer.score(pad_sequence(shown, True), pad_sequence(masks, True), rows)
+            firsts = [self.questions[image_id][0] for image_id in chosen]
+            scores = self._scored(firsts, pad_sequence(shown, True), pad_sequence(masks, True), rows)
             at = torch.tensor([i for image_id in chosen for i in self.questions[image_id]])
             log_prob[at], correct[at] = scores.log_prob, scores.correct
         return AnswerScores(log_prob, correct)
@@ -217,30 +261,49 @@ class EncodedSamples:
         return self.folder / f"tokens-{number:05d}.safetensors"
 
     def _build(self) -> None:
-        """Encode the pictures whose shards are missing; an interrupted build goes on where it stopped."""
-        self._places: dict[str, _Place] = {}
-        starts = range(0, len(self.image_ids), SHARD_PICTURES)
-        for number, start in enumerate(track(starts, f"encoding {self.source.name}/{self.source.split}")):
-            image_ids = self.image_ids[start : start + SHARD_PICTURES]
+        """Find the pictures' places; those that no shard holds are encoded first."""
+        self._image_id = int(self.lvlm.model.config.image_token_id)
+        self._stored: frozenset[str] = frozenset()
+        ids = track(self.image_ids, f"encoding {self.source.name}/{self.source.split}")
+        self._places = dict(zip(ids, self._walk(), strict=True))
+
+    def _walk(self) -> Iterator[_Place]:
+        """The places of all pictures, shard by shard; an interrupted build goes on where it stopped."""
+        number = found = 0
+        while found < len(self.image_ids):
             if not self._shard(number).exists():
-                self._write(number, image_ids)
+                self._write(number, self.image_ids[found:])
             with safe_open(self._shard(number), "pt") as file:
-                offsets = json.loads(file.metadata()["offsets"])
-            for image_id, first, last in zip(image_ids, offsets, offsets[1:], strict=False):
-                self._places[image_id] = _Place(number, first, last)
+                self._stored = frozenset(file.keys())
+                pictures = json.loads(file.metadata()["pictures"])
+            first = 0
+            for text, runs in pictures:
+                yield _Place(number, first, first + sum(runs), text, tuple(runs))
+                first += sum(runs)
+            number, found = number + 1, found + len(pictures)
 
     def _write(self, number: int, image_ids: list[str]) -> None:
-        features: list[ImageFeatures] = []
+        """Fill a shard with the first of some pictures."""
+        pictures: list[EncodedPicture] = []
+        parts: dict[str, list[Tensor]] = {}
+        size = 0
         for start in range(0, len(image_ids), ENCODE_BATCH):
             images = [self.source.image(image_id) for image_id in image_ids[start : start + ENCODE_BATCH]]
-            features += self.lvlm.encode_images(images, self.signals)
-        offsets = [0]
-        for picture in features:
-            offsets.append(offsets[-1] + len(picture.tokens))
-        tensors = {"tokens": torch.cat([f.tokens for f in features]), "coords": torch.cat([f.coords for f in features])}
-        for name in features[0].signals:
-            tensors[name] = torch.cat([f.signals[name] for f in features])
-        save_tensors(self._shard(number), tensors, {"offsets": json.dumps(offsets)})
+            for picture in self.lvlm.encode_images(images, self.signals):
+                pictures.append(picture)
+                for name, values in _tensors(picture).items():
+                    parts.setdefault(name, []).append(values)
+                    size += values.nbytes
+            if size >= SHARD_BYTES:
+                break
+        shown = json.dumps([(picture.text, picture.runs) for picture in pictures])
+        save_tensors(self._shard(number), {name: torch.cat(part) for name, part in parts.items()}, {"pictures": shown})
+
+
+def _tensors(picture: EncodedPicture) -> dict[str, Tensor]:
+    """What a shard holds of a picture."""
+    named = {"tokens": picture.tokens, "coords": picture.coords, "places": picture.places, "deep": picture.deep}
+    return {name: values.cpu() for name, values in (named | picture.signals).items() if values is not None}
 
 
 def weights_digest(lvlm: Lvlm) -> str:

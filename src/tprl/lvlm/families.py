@@ -6,7 +6,7 @@ To add a family, add a row to ``FAMILIES``; if its vision tower is new and can g
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from math import isqrt, sqrt
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor
@@ -16,6 +16,8 @@ from transformers.models.llava_next.modeling_llava_next import (
     image_size_to_num_patches,
     unpad_image,
 )
+
+BothWays = Literal["nothing", "pictures", "prompts"]
 
 Coords = Callable[[PreTrainedConfig, Mapping[str, Any], list[int], Tensor], list[Tensor]]
 """From the model's config, its vision inputs, the lengths of the entries of its image features and ``input_ids
@@ -39,9 +41,9 @@ class Family:
         tower: the vision tower, as a path from the model.
         names_layer: whether ``config.vision_feature_layer`` says which layer's features are used, else the last.
         first_position: position id of a prompt's first token in ``forward``.
-        around: what the processor puts before and after a picture's visual tokens; None where they are not one run.
-        packs: whether many questions can share a picture in one row (``tprl.lvlm.packing``), which takes one row of
-            positions, causal attention over pictures too, and visual features at the input alone.
+        both_ways: what attends in both directions: the visual tokens of a picture to each other, all tokens of a
+            prompt, or nothing.
+        prompt: what the processor makes of a picture and a question where models have no chat template.
     """
 
     name: str
@@ -52,8 +54,8 @@ class Family:
     tower: str = "model.vision_tower"
     names_layer: bool = False
     first_position: int = 0
-    around: tuple[str, str] | None = ("", "")
-    packs: bool = True
+    both_ways: BothWays = "nothing"
+    prompt: str = ""
 
 
 @dataclass(frozen=True)
@@ -225,17 +227,17 @@ FAMILIES: dict[str, Family] = {
     "llava": Family("LLaVA-1.5", list, _llava, _blocks, _SIZED_INPUTS, names_layer=True),
     "llava_next": Family("LLaVA-NeXT", list, _anyres, _pack_anyres, _ANYRES_INPUTS, names_layer=True),
     "llava_onevision": Family("LLaVA-OneVision", list, _anyres, _pack_anyres, _ANYRES_INPUTS, names_layer=True),
-    "qwen2_vl": Family("Qwen2-VL", tuple, _qwen, None, _QWEN_INPUTS, "model.visual", packs=False),
-    "qwen2_5_vl": Family("Qwen2.5-VL", tuple, _qwen, None, _QWEN_INPUTS, "model.visual", packs=False),
-    "qwen3_vl": Family("Qwen3-VL", tuple, _qwen, None, _QWEN_INPUTS, "model.visual", packs=False),
-    "internvl": Family("InternVL", Tensor, _internvl, _blocks, names_layer=True, around=("<img>", "</img>")),
-    "idefics3": Family("Idefics3", list, _tiled, _blocks, _TILED_INPUTS, "model.vision_model", around=None),
-    "smolvlm": Family("SmolVLM", list, _tiled, _blocks, _TILED_INPUTS, "model.vision_model", around=None),
-    "gemma3": Family(
-        "Gemma3", Tensor, _square, _blocks, around=("\n\n<start_of_image>", "<end_of_image>\n\n"), packs=False
+    "qwen2_vl": Family("Qwen2-VL", tuple, _qwen, None, _QWEN_INPUTS, "model.visual"),
+    "qwen2_5_vl": Family("Qwen2.5-VL", tuple, _qwen, None, _QWEN_INPUTS, "model.visual"),
+    "qwen3_vl": Family("Qwen3-VL", tuple, _qwen, None, _QWEN_INPUTS, "model.visual"),
+    "internvl": Family("InternVL", Tensor, _internvl, _blocks, names_layer=True),
+    "idefics3": Family("Idefics3", list, _tiled, _blocks, _TILED_INPUTS, "model.vision_model"),
+    "smolvlm": Family("SmolVLM", list, _tiled, _blocks, _TILED_INPUTS, "model.vision_model"),
+    "gemma3": Family("Gemma3", Tensor, _square, _blocks, both_ways="pictures"),
+    "paligemma": Family(
+        "PaliGemma", Tensor, _square, _blocks, first_position=1, both_ways="prompts", prompt="{image}{bos}{question}\n"
     ),
-    "paligemma": Family("PaliGemma", Tensor, _square, _blocks, first_position=1, packs=False),
-    "mistral3": Family("Mistral3", tuple, _mistral, None, _SIZED_INPUTS, names_layer=True, around=None),
+    "mistral3": Family("Mistral3", tuple, _mistral, None, _SIZED_INPUTS, names_layer=True),
 }
 """By ``config.model_type``."""
 

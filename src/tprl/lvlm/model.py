@@ -3,20 +3,26 @@
 import hashlib
 import inspect
 import json
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any, cast
 
 import torch
 from PIL import Image
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
-from transformers import AutoModelForImageTextToText, AutoProcessor, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoModelForImageTextToText, BatchFeature, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.processing_utils import ProcessorMixin
 
 from tprl.lvlm.families import family_of
+from tprl.lvlm.processors import load_processor
 from tprl.lvlm.signals import recorded_tower
 from tprl.types import VisualTokens
+
+SQUARE = 256
+"""Side in pixels of the picture by which the layout of pictures is learned."""
 
 
 @dataclass(frozen=True)
@@ -32,6 +38,24 @@ class ImageFeatures:
     tokens: Tensor
     coords: Tensor
     signals: dict[str, Tensor] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, kw_only=True)
+class EncodedPicture(ImageFeatures):
+    """One picture with all that a language model needs to see it in a prompt.
+
+    Attributes:
+        text: what the processor puts in the place of the picture, each run of visual tokens as one placeholder.
+        runs: how many visual tokens each run has.
+        places: int64 ``(n, 3)``, positions of the visual tokens counted from the first of them, where a family's
+            positions are two-dimensional (M-RoPE).
+        deep: ``(n, K, D)``, what is added to the visual tokens after each of the first ``K`` decoder layers.
+    """
+
+    text: str
+    runs: tuple[int, ...]
+    places: Tensor | None = None
+    deep: Tensor | None = None
 
 
 class Lvlm:
@@ -56,7 +80,7 @@ class Lvlm:
     ) -> "Lvlm":
         """Load the model and the processor that stand at a path or on the Hub."""
         model: Any = AutoModelForImageTextToText.from_pretrained(name_or_path, dtype=dtype)
-        return cls(model.to(device), cast(Any, AutoProcessor).from_pretrained(name_or_path))
+        return cls(model.to(device), load_processor(name_or_path, model.config))
 
     @property
     def device(self) -> torch.device:
@@ -74,7 +98,7 @@ class Lvlm:
         return fingerprint(self.model.config.to_dict())
 
     @torch.no_grad()
-    def encode_images(self, images: list[Image.Image], signals: frozenset[str] = frozenset()) -> list[ImageFeatures]:
+    def encode_images(self, images: list[Image.Image], signals: frozenset[str] = frozenset()) -> list[EncodedPicture]:
         """Pictures as projected visual tokens.
 
         Args:
@@ -82,16 +106,47 @@ class Lvlm:
             signals: which of ``TOWER_SIGNALS`` to compute besides.
 
         Raises:
-            ValueError: there is no processor, or a signal is not one that the tower gives.
+            ValueError: there is no processor, or a signal is not one that the tower gives, or the processor cuts a
+                picture into several.
         """
-        processor = self._processor()
-        inputs = processor(
+        inputs, shown = self._process(images)
+        inputs = inputs.to(self.device, self.model.dtype)
+        pictures, output = encode(self.model, inputs, signals)
+        if len(pictures) != len(images):
+            raise ValueError(
+                f"the processor makes {len(pictures)} pictures of {len(images)}; switch off that it crops them"
+            )
+        places: Sequence[Tensor | None] = [None] * len(images)
+        positions = cast(Any, self.model)._prepare_position_ids_for_generation(inputs["input_ids"], {**inputs})
+        if positions.ndim == 3:
+            visual = inputs["input_ids"] == self.model.config.image_token_id
+            rows = [positions[-3:, row, columns].T for row, columns in enumerate(visual)]
+            places = [row - row[0] for row in rows]
+        deep: Sequence[Tensor | None] = [None] * len(images)
+        if (layers := output.get("deepstack_features")) is not None:
+            added = torch.stack([torch.cat(list(layer)) for layer in layers], 1)
+            deep = torch.split(added, [len(picture.tokens) for picture in pictures])
+        return [
+            EncodedPicture(
+                picture.tokens, picture.coords, picture.signals, text=text, runs=runs, places=places[i], deep=deep[i]
+            )
+            for i, (picture, (text, runs)) in enumerate(zip(pictures, shown, strict=True))
+        ]
+
+    def _process(self, images: list[Image.Image]) -> tuple[BatchFeature, list[tuple[str, tuple[int, ...]]]]:
+        """What the processor makes of pictures alone, and ``text`` and ``runs`` of each as in ``EncodedPicture``."""
+        inputs = self._processor()(
             text=[self._placeholder] * len(images),
             images=[[image] for image in images],
             padding=True,
-            return_tensors="pt",
-        ).to(self.device, self.model.dtype)
-        return encode(self.model, inputs, signals)[0]
+            return_text_replacement_offsets=True,
+        )
+        shown = []
+        run = re.compile(f"(?:{re.escape(self._image_token)})+")
+        for (replaced,) in inputs.pop("text_replacement_offsets"):
+            lengths = [len(found) // len(self._image_token) for found in run.findall(replaced["replacement"])]
+            shown.append((run.sub(self._image_token, replaced["replacement"]), tuple(lengths)))
+        return inputs.convert_to_tensors("pt"), shown
 
     @torch.no_grad()
     def question_embeds(self, questions: list[str]) -> tuple[Tensor, Tensor]:
@@ -106,37 +161,53 @@ class Lvlm:
         padded = pad_sequence([row.long() for row in ids], batch_first=True).to(self.device)
         return self.model.get_input_embeddings()(padded) * mask[..., None], mask
 
-    def prompt_ids(self, question: str, answer: str | None = None) -> tuple[list[int], list[int]]:
-        """Token ids before and after the visual tokens of one picture, by the model's own chat template.
+    def prompt_text(self, question: str) -> str:
+        """The prompt of one picture and a question about it, by the model's chat template, for its processor."""
+        if self._is_plain:
+            return self._placeholder + question
+        return self._chat([_asked(question)], add_generation_prompt=True)
+
+    def prompt_ids(
+        self, question: str, answer: str | None = None, shown: str | None = None
+    ) -> tuple[list[int], list[int]]:
+        """Token ids of the prompt of one picture and a question about it.
 
         Args:
             question: asked about the picture, which stands before it.
             answer: appended with the end of its turn, tokenised apart from the prompt; then the second list begins
                 with what it is without an answer. None: the prompt alone, ready for generation.
+            shown: ``EncodedPicture.text`` of the picture; that of an empty square one unless given.
+
+        Returns:
+            The ids up to the picture's last visual token, each run of them as one placeholder, and those behind.
 
         Raises:
-            ValueError: the template does not show one picture, or rewrites the prompt once an answer follows; or the
-                family breaks a picture's tokens into several runs.
+            ValueError: the template does not show one picture, or rewrites the prompt once an answer follows.
         """
-        tokenizer, image = self._tokenizer(), self._image_token
-        if self.family.around is None or self.model.config.vision_config.model_type == "pixtral":
-            raise ValueError(f"the visual tokens of {self.family.name} do not stand in one run")
-        user = {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": question}]}
-        prompt = self._chat([user], add_generation_prompt=True)
-        shown = prompt.replace(self._placeholder, image.join(self.family.around))
+        tokenizer, placeholder = self._tokenizer(), self._placeholder
+        prompt, ending = self._dialogue(question, answer)
+        if prompt.count(placeholder) != 1:
+            raise ValueError(f"the chat template shows {prompt.count(placeholder)} pictures instead of 1: {prompt!r}")
+        whole = prompt.replace(placeholder, self._empty_square if shown is None else shown)
         bos = tokenizer.bos_token is not None and prompt.startswith(tokenizer.bos_token)
-        ids = tokenizer(shown, add_special_tokens=not bos)["input_ids"]
-        places = [place for place, token in enumerate(ids) if token == self.model.config.image_token_id]
-        if len(places) != 1:
-            raise ValueError(f"the chat template shows {len(places)} pictures instead of 1: {prompt!r}")
-        before, after = ids[: places[0]], ids[places[0] + 1 :]
+        ids = tokenizer(whole, add_special_tokens=not bos)["input_ids"]
+        behind = max(i for i, token in enumerate(ids) if token == self.model.config.image_token_id) + 1
+        return ids[:behind], ids[behind:] + tokenizer(ending, add_special_tokens=False)["input_ids"]
+
+    def _dialogue(self, question: str, answer: str | None) -> tuple[str, str]:
+        """A prompt as it is tokenised, its picture as one placeholder, and the answer with the end of its turn."""
+        if self._is_plain:
+            tokenizer = self._tokenizer()
+            prompt = self.family.prompt.format(image=self._placeholder, bos=tokenizer.bos_token, question=question)
+            return prompt, "" if answer is None else f"{answer}{tokenizer.eos_token}"
+        prompt = self.prompt_text(question)
         if answer is None:
-            return before, after
+            return prompt, ""
         turn = {"role": "assistant", "content": [{"type": "text", "text": answer}]}
-        whole = self._chat([user, turn], add_generation_prompt=False).rstrip()
+        whole = self._chat([_asked(question), turn], add_generation_prompt=False).rstrip()
         if not whole.startswith(prompt):
             raise ValueError(f"the chat template rewrites the prompt {prompt!r} when an answer follows: {whole!r}")
-        return before, after + tokenizer(whole.removeprefix(prompt), add_special_tokens=False)["input_ids"]
+        return prompt, whole.removeprefix(prompt)
 
     def visual_tokens(self, features: list[ImageFeatures], questions: list[str]) -> VisualTokens:
         """One padded batch of pictures, each with its question."""
@@ -145,9 +216,20 @@ class Lvlm:
 
     @property
     def template_ids(self) -> frozenset[int]:
-        """Token ids of the chat template around an empty question, which are no part of a question."""
+        """Token ids of the chat template around an empty question, and of what stands between and around visual
+        tokens; they are no part of a question."""
         before, after = self.prompt_ids("")
-        return frozenset(before + after)
+        return frozenset(before + after) - {self.model.config.image_token_id}
+
+    @cached_property
+    def _empty_square(self) -> str:
+        """``EncodedPicture.text`` of a square picture, which has every kind of row and column that there is."""
+        return self._process([Image.new("RGB", (SQUARE, SQUARE))])[1][0][0]
+
+    @property
+    def _is_plain(self) -> bool:
+        """Whether prompts are made without a chat template."""
+        return bool(self.family.prompt) and cast(Any, self._processor()).chat_template is None
 
     @property
     def _placeholder(self) -> str:
@@ -171,6 +253,11 @@ class Lvlm:
 
     def _tokenizer(self) -> PreTrainedTokenizerBase:
         return cast(PreTrainedTokenizerBase, cast(Any, self._processor()).tokenizer)
+
+
+def _asked(question: str) -> dict[str, Any]:
+    """The turn of a user who asks about one picture."""
+    return {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": question}]}
 
 
 def encode(

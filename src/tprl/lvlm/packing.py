@@ -1,15 +1,18 @@
 """Laying out pictures and questions as one batch of token sequences.
 
-A row is ``[before | a picture's kept visual tokens | block | block | ...]``: questions about one picture whose kept
-tokens are the same share one row. A block (the rest of the prompt and an answer) sees the picture and itself, and
-keeps the positions that it would have alone, after the *unpruned* picture. Rows of different length are padded
-between picture and blocks and at the end; padding is never seen.
+A row is ``[prefix without dropped visual tokens | block | block | ...]``: the prefix is the prompt up to the picture's
+last visual token, and questions about one picture whose kept tokens are the same share one row. A block (the rest of
+the prompt and an answer) sees the prefix and itself, and keeps the positions that it would have alone, after the
+*unpruned* picture. Rows of different length are padded between prefix and blocks and at the end; padding is never seen.
 """
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, fields, replace
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+
+from tprl.lvlm.families import BothWays
 
 IGNORE = -100
 
@@ -23,24 +26,100 @@ class Block:
 
 
 @dataclass(frozen=True)
+class Prefix:
+    """The beginnings of a batch of prompts, up to the last visual token of each one's picture.
+
+    Attributes:
+        ids: int64 ``(B, M)``, 0 where a visual token or padding stands.
+        visual: bool ``(B, M)``, True where a visual token stands.
+        real: bool ``(B, M)``, False at padding, which is on the right.
+        positions: int64 ``(P, B, M)``; ``P`` is 3 where a family's positions are two-dimensional (M-RoPE), else 1.
+        deep: ``(B, N, K, D)``, what is added to the visual tokens after each of the first ``K`` decoder layers.
+    """
+
+    ids: Tensor
+    visual: Tensor
+    real: Tensor
+    positions: Tensor
+    deep: Tensor | None = None
+
+    def __getitem__(self, rows: Sequence[int]) -> "Prefix":
+        deep = None if self.deep is None else self.deep[rows]
+        return Prefix(self.ids[rows], self.visual[rows], self.real[rows], self.positions[:, rows], deep)
+
+    def shown(self, keep_mask: Tensor) -> Tensor:
+        """What is left of the prefixes if of their visual tokens ``keep_mask (B, N)`` is kept: bool ``(B, M)``."""
+        counts = self.visual.sum(1, keepdim=True)
+        present = torch.arange(keep_mask.shape[1], device=keep_mask.device) < counts
+        shown = self.real.clone()
+        shown[self.visual] = keep_mask[present]
+        return shown
+
+
+@dataclass(frozen=True)
 class Packed:
     """A batch of rows, the visual tokens' embeddings left out.
 
     Attributes:
         ids: int64 ``(B, L)``, 0 where a visual token or padding stands.
-        positions: int64 ``(B, L)``.
+        positions: int64 ``(P, B, L)``.
+        places: int64 ``(B, L)``, how many tokens of its own question's sequence stand before a token.
         mask: bool ``(B, 1, L, L)``, True where a query may look at a key.
         targets: int64 ``(B, L)``, the next token where that belongs to an answer, else ``IGNORE``.
         owners: int64 ``(B, L)``, where ``targets`` is set the number of the question in reading order, else -1.
-        visual: the slice of the sequence that visual tokens take.
+        visual: bool ``(B, L)``, True where a visual token stands.
+        start: where the first block of every row begins.
     """
 
     ids: Tensor
     positions: Tensor
+    places: Tensor
     mask: Tensor
     targets: Tensor
     owners: Tensor
-    visual: slice
+    visual: Tensor
+    start: int
+
+    def to(self, device: torch.device) -> "Packed":
+        tensors = {field.name: getattr(self, field.name) for field in fields(self) if field.name != "start"}
+        return replace(self, **{name: tensor.to(device) for name, tensor in tensors.items()})
+
+
+def make_prefix(
+    before: Sequence[Sequence[int]],
+    image_id: int,
+    runs: Sequence[Sequence[int]],
+    places: Sequence[Tensor] | None = None,
+    deep: Tensor | None = None,
+) -> Prefix:
+    """Put together what stands before the questions.
+
+    Args:
+        before: token ids of each row up to the picture's last visual token, each run of them as one ``image_id``.
+        runs: the length of each run.
+        places: int64 ``(n, 3)`` of each row, positions of the visual tokens counted from the first of them, where
+            they are two-dimensional; None where they count tokens.
+        deep: see ``Prefix``.
+    """
+    rows = [_expanded(ids, image_id, lengths) for ids, lengths in zip(before, runs, strict=True)]
+    shape = (len(rows), max(len(row) for row in rows))
+    ids, real = torch.full(shape, -1), torch.zeros(shape, dtype=torch.bool)
+    for number, row in enumerate(rows):
+        ids[number, : len(row)] = row
+        real[number, : len(row)] = True
+    visual = ids == image_id
+    positions = torch.arange(shape[1]).repeat(1 if places is None else 3, len(rows), 1)
+    for number, place in enumerate(places or []):
+        positions[:, number, visual[number]] = len(before[number]) - 1 + place.T
+    return Prefix(ids.masked_fill(visual | ~real, 0), visual, real, positions.masked_fill(~real, 0), deep)
+
+
+def _expanded(ids: Sequence[int], image_id: int, runs: Sequence[int]) -> Tensor:
+    """``ids`` with every ``image_id`` repeated as often as its run is long."""
+    row = torch.tensor(ids, dtype=torch.int64)
+    repeats = torch.ones_like(row)
+    repeats[row == image_id] = torch.tensor(runs, dtype=torch.int64)
+    return row.repeat_interleave(repeats)
 
 
 def kept_indices(keep_mask: Tensor) -> tuple[Tensor, Tensor]:
@@ -51,38 +130,51 @@ def kept_indices(keep_mask: Tensor) -> tuple[Tensor, Tensor]:
     return order * real, real
 
 
-def pack(before: list[int], indices: Tensor, real: Tensor, total: int, rows: list[list[Block]]) -> Packed:
+def pack(prefix: Prefix, keep_mask: Tensor, rows: Sequence[Sequence[Block]], both_ways: BothWays = "nothing") -> Packed:
     """Lay out a batch.
 
     Args:
-        before: token ids in front of the picture.
-        indices: int64 ``(B, K)`` kept visual tokens of every row, in raster order.
-        real: bool ``(B, K)``, False at padding.
-        total: N, visual tokens of the unpruned picture; blocks start at position ``len(before) + N``.
+        prefix: what stands before the blocks of every row.
+        keep_mask: bool ``(B, N)``, which of a row's visual tokens are kept.
         rows: the blocks of every row.
+        both_ways: "pictures": visual tokens see each other in both directions; "prompts": all tokens but those of
+            answers do, so that a row has to hold one block.
     """
-    head, start = len(before), len(before) + indices.shape[1]
+    columns, real = kept_indices(prefix.shown(keep_mask))
+    start = columns.shape[1]
     length = start + max(sum(len(block.ids) for block in blocks) for blocks in rows)
     shape = (len(rows), length)
-    ids, positions = torch.zeros(shape, dtype=torch.int64), torch.zeros(shape, dtype=torch.int64)
-    part = torch.full(shape, -1)  # 0 = prefix and picture, 1, 2, ... = blocks, -1 = padding
+    ids, places = torch.zeros(shape, dtype=torch.int64), torch.zeros(shape, dtype=torch.int64)
+    positions = torch.zeros(len(prefix.positions), *shape, dtype=torch.int64)
+    part = torch.full(shape, -1)  # 0 = prefix, 1, 2, ... = blocks, -1 = padding
+    visual, prompt = torch.zeros(shape, dtype=torch.bool), torch.zeros(shape, dtype=torch.bool)
     targets, owners = torch.full(shape, IGNORE), torch.full(shape, -1)
-    ids[:, :head] = torch.tensor(before)
-    positions[:, :head] = torch.arange(head)
-    positions[:, head:start] = head + indices
-    part[:, :head] = 0
-    part[:, head:start] = torch.where(real, 0, -1)
+    ids[:, :start] = prefix.ids.gather(1, columns) * real
+    positions[:, :, :start] = prefix.positions.gather(2, columns.expand(len(positions), -1, -1)) * real
+    places[:, :start] = torch.arange(start)
+    part[:, :start] = torch.where(real, 0, -1)
+    visual[:, :start] = prefix.visual.gather(1, columns) & real
+    prompt[:, :start] = real
+    told = prefix.positions.masked_fill(~prefix.real, -1)
+    nexts = (nn.functional.pad(told, (1, 0), value=-1).amax((0, 2)) + 1).tolist()
     question = 0
-    for row, blocks in enumerate(rows):
+    for row, (blocks, before) in enumerate(zip(rows, real.sum(1).tolist(), strict=True)):
         at = start
         for number, block in enumerate(blocks, 1):
-            end = at + len(block.ids)
+            size = len(block.ids)
+            end, answer = at + size, at + block.answer_start
             ids[row, at:end] = torch.tensor(block.ids)
-            positions[row, at:end] = torch.arange(head + total, head + total + len(block.ids))
+            positions[:, row, at:end] = torch.arange(nexts[row], nexts[row] + size)
+            places[row, at:end] = torch.arange(before, before + size)
             part[row, at:end] = number
-            targets[row, at + block.answer_start - 1 : end - 1] = torch.tensor(block.ids[block.answer_start :])
-            owners[row, at + block.answer_start - 1 : end - 1] = question
+            prompt[row, at:answer] = True
+            targets[row, answer - 1 : end - 1] = torch.tensor(block.ids[block.answer_start :])
+            owners[row, answer - 1 : end - 1] = question
             at, question = end, question + 1
     causal = torch.ones(length, length, dtype=torch.bool).tril()
     visible = (part[:, :, None] == part[:, None, :]) | ((part[:, :, None] > 0) & (part[:, None, :] == 0))
-    return Packed(ids, positions, (visible & causal)[:, None], targets, owners, slice(head, start))
+    mask = visible & causal
+    if both_ways != "nothing":
+        together = visual if both_ways == "pictures" else prompt
+        mask |= together[:, :, None] & together[:, None, :]
+    return Packed(ids, positions, places, mask[:, None], targets, owners, visual, start)

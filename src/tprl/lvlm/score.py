@@ -4,16 +4,18 @@ Where an answer has one accepted text, greedy generation yields it exactly when 
 one under teacher forcing, so accuracy needs no generation token by token.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import DynamicCache, PreTrainedModel
 
+from tprl.lvlm.families import BothWays
 from tprl.lvlm.in_model import dropping
-from tprl.lvlm.packing import IGNORE, Block, Packed, kept_indices, pack
+from tprl.lvlm.packing import IGNORE, Block, Packed, Prefix, pack
 from tprl.selectors import InModel
 
 
@@ -42,24 +44,40 @@ class AnswerScorer:
     """Scores answers under a frozen LVLM from given visual tokens.
 
     Args:
-        language: the decoder without its head.
+        language: the decoder without its head; attention is to be "sdpa" or "eager".
         head: hidden states to vocabulary logits.
-        before: token ids in front of the picture, the same for every question.
+        both_ways: what attends in both directions, see ``tprl.lvlm.packing.pack``.
         tokens_per_pass: bound on tokens, padding included, in one forward pass; bounds memory.
+
+    Raises:
+        ValueError: the decoder attends by another implementation, which cannot take the masks of packed rows.
     """
 
     def __init__(
-        self, language: PreTrainedModel, head: nn.Module, before: list[int], tokens_per_pass: int = 8192
+        self,
+        language: PreTrainedModel,
+        head: nn.Module,
+        both_ways: BothWays = "nothing",
+        tokens_per_pass: int = 8192,
     ) -> None:
-        self.language, self.head, self.before, self.tokens_per_pass = language, head, before, tokens_per_pass
+        attention = language.config._attn_implementation
+        if attention not in ("sdpa", "eager"):
+            raise ValueError(f"answers are scored with the attention 'sdpa' or 'eager', got {attention!r}")
+        self.language, self.head, self.both_ways, self.tokens_per_pass = language, head, both_ways, tokens_per_pass
 
     @torch.no_grad()
     def score(
-        self, tokens: Tensor, keep_mask: Tensor, rows: list[list[Block]], within: Within | None = None
+        self,
+        prefix: Prefix,
+        tokens: Tensor,
+        keep_mask: Tensor,
+        rows: Sequence[Sequence[Block]],
+        within: Within | None = None,
     ) -> AnswerScores:
         """Score every block of every row, in reading order.
 
         Args:
+            prefix: what stands before the blocks of each of ``B`` rows.
             tokens: visual tokens ``(B, N, D)``; an expanded view will do for a shared picture.
             keep_mask: bool ``(B, N)``.
             rows: the questions about each row's kept tokens, each with its answer.
@@ -68,11 +86,17 @@ class AnswerScorer:
         Raises:
             ValueError: ``within`` is given and a row holds several questions.
         """
+        if self.both_ways == "prompts":  # a picture looks different to each question, so each gets a row
+            given = [row for row, blocks in enumerate(rows) for _ in blocks]
+            rows = [[block] for blocks in rows for block in blocks]
+        else:
+            given = list(range(len(rows)))
         firsts = torch.tensor([0, *(len(blocks) for blocks in rows)]).cumsum(0)
         log_prob, correct = torch.zeros(int(firsts[-1])), torch.zeros(int(firsts[-1]), dtype=torch.bool)
-        for chosen in self._passes(keep_mask, rows):
-            chosen_rows = [rows[i] for i in chosen]
-            scores = self._pass(tokens[chosen], keep_mask[chosen], chosen_rows, within)
+        before = prefix.shown(keep_mask.cpu()).sum(1)[given]
+        for chosen in self._passes(before, rows):
+            source = [given[i] for i in chosen]
+            scores = self._pass(prefix[source], tokens[source], keep_mask[source], [rows[i] for i in chosen], within)
             at = torch.cat([torch.arange(int(firsts[i]), int(firsts[i + 1])) for i in chosen])
             log_prob[at], correct[at] = scores.log_prob, scores.correct
         return AnswerScores(log_prob, correct)
@@ -80,6 +104,7 @@ class AnswerScorer:
     @torch.no_grad()
     def generate(
         self,
+        prefix: Prefix,
         tokens: Tensor,
         keep_mask: Tensor,
         prompts: list[list[int]],
@@ -90,6 +115,7 @@ class AnswerScorer:
         """Greedy answers, ``limit`` tokens at most, without the ``end`` token that closes them.
 
         Args:
+            prefix: what stands before the prompts.
             tokens: ``(B, N, D)``.
             keep_mask: bool ``(B, N)``.
             prompts: token ids after the picture, up to where the answer begins.
@@ -97,17 +123,56 @@ class AnswerScorer:
         """
         answers: list[list[int]] = [[] for _ in prompts]
         rows = [[Block(prompt, len(prompt))] for prompt in prompts]
-        for chosen in self._passes(keep_mask, rows):
+        for chosen in self._passes(prefix.shown(keep_mask.cpu()).sum(1), rows):
             chosen_rows = [rows[i] for i in chosen]
-            texts = self._greedy(tokens[chosen], keep_mask[chosen], chosen_rows, end, limit, within)
+            texts = self._greedy(prefix[chosen], tokens[chosen], keep_mask[chosen], chosen_rows, end, limit, within)
             for i, answer in zip(chosen, texts, strict=True):
                 answers[i] = answer[: answer.index(end)] if end in answer else answer
         return answers
 
-    def _passes(self, keep_mask: Tensor, rows: list[list[Block]]) -> list[list[int]]:
+    def prepare(
+        self, prefix: Prefix, tokens: Tensor, keep_mask: Tensor, rows: Sequence[Sequence[Block]]
+    ) -> tuple[Packed, dict[str, Any]]:
+        """The rows as a batch, and what the language model is to be called with."""
+        packed = pack(prefix, keep_mask.cpu(), rows, self.both_ways).to(self.language.device)
+        embeds = self.language.get_input_embeddings()(packed.ids)
+        embeds = embeds.masked_scatter(packed.visual[..., None], tokens[keep_mask].to(embeds))
+        inputs = {
+            "inputs_embeds": embeds,
+            "position_ids": _rows(packed.positions),
+            "attention_mask": self._masks(packed.mask, packed.places, packed.places),
+        }
+        if prefix.deep is not None:
+            added = prefix.deep.to(keep_mask.device)[keep_mask].to(embeds)
+            inputs |= {"visual_pos_masks": packed.visual, "deepstack_visual_embeds": list(added.unbind(1))}
+        return packed, inputs
+
+    def _masks(self, mask: Tensor, queries: Tensor, keys: Tensor) -> Any:
+        """An attention mask, bool ``(B, 1, Q, K)``, as the language model takes it: one for every type of its layers.
+
+        Args:
+            queries: places of the queries in their sequences, ``(B, Q)``, by which sliding windows are counted.
+            keys: those of the keys, ``(B, K)``.
+        """
+        config = self.language.config
+        window, types = (vars(config).get(name) for name in ("sliding_window", "layer_types"))
+        if window is None:
+            return self._values(mask)
+        near = (queries[:, :, None] - keys[:, None] < window)[:, None]
+        sliding = self._values(mask & near)
+        return sliding if types is None else {"full_attention": self._values(mask), "sliding_attention": sliding}
+
+    def _values(self, mask: Tensor) -> Tensor:
+        """A mask as the attention implementation takes it."""
+        if self.language.config._attn_implementation == "sdpa":
+            return mask
+        dtype = self.language.dtype
+        return torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill(~mask, torch.finfo(dtype).min)
+
+    def _passes(self, before: Tensor, rows: Sequence[Sequence[Block]]) -> list[list[int]]:
         """Rows grouped by length: a pass holds ``tokens_per_pass`` at most, and no row is mostly padding."""
         text = torch.tensor([sum(len(block.ids) for block in blocks) for blocks in rows])
-        lengths = (len(self.before) + keep_mask.sum(1).cpu() + text).tolist()
+        lengths = (before + text).tolist()
         passes: list[list[int]] = []
         for i in sorted(range(len(rows)), key=lambda row: -lengths[row]):
             longest = lengths[passes[-1][0]] if passes else 0
@@ -117,41 +182,31 @@ class AnswerScorer:
                 passes.append([i])
         return passes
 
-    def _embed(self, tokens: Tensor, keep_mask: Tensor, rows: list[list[Block]]) -> tuple[Packed, Tensor]:
-        """The rows as a batch of input embeddings ``(B, L, D)``, on the language model's device."""
-        indices, real = kept_indices(keep_mask)
-        packed = pack(self.before, indices.cpu(), real.cpu(), keep_mask.shape[1], rows)
-        tensors = {f.name: getattr(packed, f.name) for f in fields(packed) if f.name != "visual"}
-        packed = replace(packed, **{name: tensor.to(self.language.device) for name, tensor in tensors.items()})
-        embeds = self.language.get_input_embeddings()(packed.ids)
-        visual = tokens.gather(1, indices[..., None].expand(-1, -1, tokens.shape[-1])).to(embeds.dtype)
-        embeds = torch.cat([embeds[:, : packed.visual.start], visual, embeds[:, packed.visual.stop :]], 1)
-        return packed, embeds
-
     @contextmanager
-    def _dropping(
-        self, within: Within | None, packed: Packed, keep_mask: Tensor, rows: list[list[Block]]
-    ) -> Iterator[None]:
+    def _dropping(self, within: Within | None, packed: Packed, rows: Sequence[Sequence[Block]]) -> Iterator[None]:
         """While it is open, the language model prunes the batch as ``within`` says."""
         if within is None:
             yield
             return
         if any(len(blocks) != 1 for blocks in rows):
             raise ValueError(f"{within.method.name} prunes for one question a row, got {[len(b) for b in rows]}")
-        visual = torch.zeros_like(packed.ids, dtype=torch.bool)
-        visual[:, packed.visual] = kept_indices(keep_mask)[1]
-        last = [packed.visual.stop + blocks[0].answer_start - 1 for blocks in rows]
-        places = torch.tensor(last, device=visual.device)
+        last = [packed.start + blocks[0].answer_start - 1 for blocks in rows]
+        places = torch.tensor(last, device=packed.visual.device)
         budgets = torch.full_like(places, within.budget)
-        with dropping(self.language, within.method, visual=visual, last=places, budgets=budgets):
+        with dropping(self.language, within.method, visual=packed.visual, last=places, budgets=budgets):
             yield
 
-    def _pass(self, tokens: Tensor, keep_mask: Tensor, rows: list[list[Block]], within: Within | None) -> AnswerScores:
-        packed, embeds = self._embed(tokens, keep_mask, rows)
-        with self._dropping(within, packed, keep_mask, rows):
-            hidden = self.language(
-                inputs_embeds=embeds, position_ids=packed.positions, attention_mask=packed.mask, use_cache=False
-            ).last_hidden_state
+    def _pass(
+        self,
+        prefix: Prefix,
+        tokens: Tensor,
+        keep_mask: Tensor,
+        rows: Sequence[Sequence[Block]],
+        within: Within | None,
+    ) -> AnswerScores:
+        packed, inputs = self.prepare(prefix, tokens, keep_mask, rows)
+        with self._dropping(within, packed, rows):
+            hidden = self.language(**inputs, use_cache=False).last_hidden_state
         places = packed.targets != IGNORE
         logits = self.head(hidden[places]).float()
         targets, owners = packed.targets[places], packed.owners[places].cpu()
@@ -163,6 +218,7 @@ class AnswerScorer:
 
     def _greedy(
         self,
+        prefix: Prefix,
         tokens: Tensor,
         keep_mask: Tensor,
         rows: list[list[Block]],
@@ -170,28 +226,25 @@ class AnswerScorer:
         limit: int,
         within: Within | None,
     ) -> list[list[int]]:
-        packed, embeds = self._embed(tokens, keep_mask, rows)
-        row = torch.arange(len(rows), device=embeds.device)
-        last = packed.visual.stop + torch.tensor([len(blocks[0].ids) for blocks in rows], device=embeds.device) - 1
+        packed, inputs = self.prepare(prefix, tokens, keep_mask, rows)
+        device = packed.ids.device
+        row = torch.arange(len(rows), device=device)
+        last = packed.start + torch.tensor([len(blocks[0].ids) for blocks in rows], device=device) - 1
         cache = DynamicCache()
-        with self._dropping(within, packed, keep_mask, rows):
-            hidden = self.language(
-                inputs_embeds=embeds,
-                position_ids=packed.positions,
-                attention_mask=packed.mask,
-                past_key_values=cache,
-                use_cache=True,
-            ).last_hidden_state
-            visible, position = packed.mask[row, 0, last], packed.positions[row, last]
+        with self._dropping(within, packed, rows):
+            hidden = self.language(**inputs, past_key_values=cache, use_cache=True).last_hidden_state
+            visible, places = packed.mask[row, 0, last], packed.places
+            position, place = packed.positions[:, row, last], packed.places[row, last]
             chosen = self.head(hidden[row, last]).argmax(1)
             answers, ended = [chosen], chosen == end
             while len(answers) < limit and not bool(ended.all()):
                 visible = nn.functional.pad(visible, (0, 1), value=True)
-                position = position + 1
+                position, place = position + 1, place + 1
+                places = torch.cat([places, place[:, None]], 1)
                 hidden = self.language(
                     input_ids=chosen[:, None],
-                    position_ids=position[:, None],
-                    attention_mask=visible[:, None, None],
+                    position_ids=_rows(position[..., None]),
+                    attention_mask=self._masks(visible[:, None, None], place[:, None], places),
                     past_key_values=cache,
                     use_cache=True,
                 ).last_hidden_state
@@ -199,3 +252,8 @@ class AnswerScorer:
                 answers.append(chosen)
                 ended |= chosen == end
         return torch.stack(answers, 1).tolist()
+
+
+def _rows(positions: Tensor) -> Tensor:
+    """Positions ``(P, B, L)`` as language models take them: ``(B, L)`` where there is one row of them."""
+    return positions[0] if len(positions) == 1 else positions

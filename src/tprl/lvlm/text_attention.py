@@ -10,16 +10,19 @@ import torch
 from torch import Tensor
 
 from tprl.lvlm.in_model import LayerView
-from tprl.lvlm.packing import Block, pack
+from tprl.lvlm.packing import Block, Prefix
 from tprl.lvlm.score import AnswerScorer
 
 
 @torch.no_grad()
-def text_attention(scorer: AnswerScorer, tokens: Tensor, blocks: list[Block], layer: int | None = None) -> Tensor:
+def text_attention(
+    scorer: AnswerScorer, prefix: Prefix, tokens: Tensor, blocks: list[Block], layer: int | None = None
+) -> Tensor:
     """Attention of every question's last prompt token to the visual tokens, mean over heads.
 
     Args:
         scorer: of the language model.
+        prefix: what stands before the questions, one row.
         tokens: visual tokens of one picture, ``(N, D)``.
         blocks: ``Q`` questions about it.
         layer: decoder layer that is watched; the middle one unless given, since early ones do not look for answers yet.
@@ -27,29 +30,28 @@ def text_attention(scorer: AnswerScorer, tokens: Tensor, blocks: list[Block], la
     Returns:
         float32 ``(Q, N)``.
     """
+    rows = [[block] for block in blocks] if scorer.both_ways == "prompts" else [blocks]
+    return torch.cat([_attention(scorer, prefix, tokens, row, layer) for row in rows])
+
+
+def _attention(scorer: AnswerScorer, prefix: Prefix, tokens: Tensor, blocks: list[Block], layer: int | None) -> Tensor:
+    """``text_attention`` of questions that share a row."""
     decoder: Any = scorer.language
     watched = decoder.layers[len(decoder.layers) // 2 if layer is None else layer]
-    everything = torch.arange(len(tokens))[None]
-    packed = pack(scorer.before, everything, everything >= 0, len(tokens), [blocks])
+    everything = torch.ones(1, len(tokens), dtype=torch.bool, device=tokens.device)
+    packed, inputs = scorer.prepare(prefix, tokens[None], everything, [blocks])
     starts = torch.tensor([0, *(len(block.ids) for block in blocks)]).cumsum(0)[:-1]
-    last = packed.visual.stop + starts + torch.tensor([block.answer_start - 1 for block in blocks])
+    last = packed.start + starts + torch.tensor([block.answer_start - 1 for block in blocks])
     seen: list[Tensor] = []
 
     def watch(module: Any, args: Any, kwargs: dict[str, Any]) -> None:
-        none = torch.zeros_like(packed.ids, dtype=torch.bool)
+        none = torch.zeros_like(packed.visual)
         view = LayerView(module, args[0], none, last[:1], kwargs["position_embeddings"], kwargs["attention_mask"])
-        seen.append(view.attention(last[None].to(args[0].device))[0, :, packed.visual])
+        seen.append(view.attention(last[None].to(args[0].device))[0, :, packed.visual[0]])
 
     hook = watched.register_forward_pre_hook(watch, with_kwargs=True)
     try:
-        embeds = decoder.get_input_embeddings()(packed.ids.to(decoder.device))
-        embeds[:, packed.visual] = tokens.to(embeds)
-        decoder(
-            inputs_embeds=embeds,
-            position_ids=packed.positions.to(decoder.device),
-            attention_mask=packed.mask.to(decoder.device),
-            use_cache=False,
-        )
+        decoder(**inputs, use_cache=False)
     finally:
         hook.remove()
     return seen[0].float()

@@ -134,7 +134,8 @@ def train_joint(run: Path, config: JointConfig, delta: Path | None = None) -> It
         pocket.load_state_dict(with_prefix(tensors, "model."), strict=False)
         load_optimizer(optimizer, tensors)
         first = meta["step"]
-    everything = torch.arange(GRID**2).repeat(config.pictures, 1)
+    prefix = tokens.prefix(config.pictures, GRID**2)
+    everything = torch.ones(config.pictures, GRID**2, dtype=torch.bool)
     seen: dict[str, list[float]] = defaultdict(list)
     clock = time.perf_counter()
     for step in range(first, config.steps):
@@ -146,7 +147,7 @@ def train_joint(run: Path, config: JointConfig, delta: Path | None = None) -> It
         centres = torch.from_numpy(np.stack([anchors(scene) for scene in scenes]))
         present = torch.from_numpy(np.stack([presence(scene) for scene in scenes]))
         asked = [draw_questions(scene, tokens, rng, config.questions, FAMILY_WEIGHTS) for scene in scenes]
-        packed = pack(tokens.before, everything, everything >= 0, GRID**2, [questions.blocks for questions in asked])
+        packed = pack(prefix, everything, [questions.blocks for questions in asked])
         vocabulary = competing(packed, tokens.answer_words, head.out_features, rng)
         for group in optimizer.param_groups:
             group["lr"] = group["rate"] * schedule(step, config.warmup_steps, config.steps)

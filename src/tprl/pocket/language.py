@@ -41,9 +41,9 @@ def answer_loss(
         The mean loss, and bool ``(questions,)``: whether every token of the answer is the most likely one.
     """
     embeds = language.get_input_embeddings()(packed.ids)
-    embeds = torch.cat([embeds[:, : packed.visual.start], visual.to(embeds.dtype), embeds[:, packed.visual.stop :]], 1)
+    embeds = embeds.masked_scatter(packed.visual[..., None], visual.to(embeds.dtype))
     hidden = language(
-        inputs_embeds=embeds, position_ids=packed.positions, attention_mask=packed.mask, use_cache=False
+        inputs_embeds=embeds, position_ids=packed.positions[0], attention_mask=packed.mask, use_cache=False
     ).last_hidden_state
     places = packed.targets != IGNORE
     targets, owners = packed.targets[places], packed.owners[places]
@@ -142,8 +142,8 @@ def train_language(run: Path, config: LanguageConfig) -> Iterator[dict[str, floa
         scaled = torch.cat([columns[:, :kinds], columns[:, kinds:] * gain], 1)
         visual = nn.functional.gelu(units) @ scaled.T + blank
         asked = [draw_questions(scene, tokens, rng, config.questions, phase.weights) for scene in scenes]
-        everything = torch.arange(phase.grid**2).repeat(len(scenes), 1)
-        packed = pack(tokens.before, everything, everything >= 0, phase.grid**2, [q.blocks for q in asked])
+        everything = torch.ones(len(scenes), phase.grid**2, dtype=torch.bool)
+        packed = pack(tokens.prefix(*everything.shape), everything, [q.blocks for q in asked])
         for group in optimizer.param_groups:
             group["lr"] = config.learning_rate * min(1, (step + 1) / 20)
         vocabulary = competing(packed, tokens.answer_words, len(embeddings), rng)

@@ -45,7 +45,7 @@ class Looking:
             at = at[has_any[owners[at]]]
             visible = packed.mask[row, 0, at]
             wanted = torch.zeros_like(visible)
-            wanted[:, packed.visual] = relevant[owners[at]]
+            wanted[:, packed.visual[row]] = relevant[owners[at]]
             for attention, (hidden, (cos, sin)) in self.recorded.items():
                 size, shared = attention.head_dim, attention.num_key_value_groups
                 keys, queries = LOOKING_KEY_HEADS * size, LOOKING_KEY_HEADS * size * shared

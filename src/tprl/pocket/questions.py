@@ -2,14 +2,14 @@
 
 import re
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
 from transformers import PreTrainedTokenizerBase
 
 from tprl.data.scenes import COLOURS, DIRECTIONS, KINDS, Scene, ask
-from tprl.lvlm.packing import Block
+from tprl.lvlm.packing import Block, Prefix, make_prefix
 from tprl.pocket.labels import SLOTS
 
 
@@ -23,10 +23,15 @@ class Tokens:
         before, after = text.split("<image>")
         self.between, self.turn = after.split("?")
         self.before: list[int] = self._ids(before)
+        self.image_id = int(cast(Any, tokenizer).convert_tokens_to_ids("<image>"))
         self.answer_words = torch.tensor([i for slot in SLOTS for word in slot.words for i in self._ids(word)])
 
     def _ids(self, text: str) -> list[int]:
         return list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
+
+    def prefix(self, pictures: int, visual_tokens: int) -> Prefix:
+        """What stands before the questions about so many pictures of so many visual tokens."""
+        return make_prefix([[*self.before, self.image_id]] * pictures, self.image_id, [[visual_tokens]] * pictures)
 
     def block(self, question: str, answer: str) -> Block:
         prompt = self._ids(self.between + question + self.turn)

@@ -108,7 +108,7 @@ def _update(
         states = demonstrations.states[chosen][..., : visual.mask.shape[1]]
         targets = survival_targets(states)
         with torch.no_grad():
-            latents = pruner.encode(visual.tokens)
+            latents = pruner.encode(visual)
         for group in optimizer.param_groups:
             group["lr"] = settings.learning_rate * min(1.0, (step + 1) / 20) * (1 - 0.95 * step / steps)
         losses = []
@@ -175,7 +175,8 @@ def _text_attention(train: EncodedSamples, indices: list[int], visual: VisualTok
     for chosen in rows.values():
         real = visual.mask[chosen[0]]
         blocks = [train.block(indices[row]) for row in chosen]
-        seen = text_attention(train.scorer, visual.tokens[chosen[0]][real], blocks)
+        prefix = train.prefix([indices[chosen[0]]])
+        seen = text_attention(train.scorer, prefix, visual.tokens[chosen[0]][real], blocks)
         for row, attention in zip(chosen, seen, strict=True):
             signal[row, real] = attention.cpu()
     return signal

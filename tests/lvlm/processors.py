@@ -1,0 +1,126 @@
+"""A real processor for every family's tiny model, with a tokenizer of a few words.
+
+SmolVLM's own wants a package for spelling numbers out in videos; its pictures are laid out as Idefics3's are.
+"""
+
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import Split
+from tokenizers.processors import TemplateProcessing
+from transformers import (
+    CLIPImageProcessorPil,
+    Gemma3ImageProcessorPil,
+    Gemma3Processor,
+    GotOcr2ImageProcessorPil,
+    Idefics3ImageProcessorPil,
+    Idefics3Processor,
+    InternVLProcessor,
+    LlavaNextImageProcessorPil,
+    LlavaNextProcessor,
+    LlavaOnevisionImageProcessorPil,
+    LlavaOnevisionProcessor,
+    LlavaProcessor,
+    PaliGemmaProcessor,
+    PixtralImageProcessorPil,
+    PixtralProcessor,
+    PreTrainedTokenizerFast,
+    Qwen2_5_VLProcessor,
+    Qwen2VLImageProcessorPil,
+    Qwen2VLProcessor,
+    Qwen3VLProcessor,
+    SiglipImageProcessorPil,
+)
+from transformers.processing_utils import ProcessorMixin
+
+from tprl.lvlm.processors import without_videos
+
+TEMPLATE = (
+    "{% for message in messages %}{{ '[' + message['role'] + '] ' }}{% for part in message['content'] %}"
+    "{% if part['type'] == 'image' %}{{ 'PICTURE ' }}{% else %}{{ part['text'] + ' ' }}{% endif %}{% endfor %}"
+    "{{ '[end] \n ' }}{% endfor %}{% if add_generation_prompt %}{{ '[assistant] ' }}{% endif %}"
+)
+WORDS = ["<pad>", "<s>", "</s>", "<unk>", "[user]", "[assistant]", "[end]", "what", "is", "it", "?", "a", "cat", "\n"]
+
+
+def tokenizer(image_id: int, image: str = "<image>", more: dict[str, int] | None = None) -> PreTrainedTokenizerFast:
+    vocabulary = {word: number for number, word in enumerate(WORDS)} | {image: image_id} | (more or {})
+    backend = Tokenizer(WordLevel(vocabulary, unk_token="<unk>"))
+    backend.pre_tokenizer = Split(" ", "removed")
+    backend.post_processor = TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
+    extra = [image, *(more or {})]
+    return PreTrainedTokenizerFast(
+        tokenizer_object=backend, pad_token="<pad>", bos_token="<s>", eos_token="</s>", unk_token="<unk>",
+        additional_special_tokens=extra,
+    )  # fmt: skip
+
+
+QWEN = {"qwen2_vl": Qwen2VLProcessor, "qwen2_5_vl": Qwen2_5_VLProcessor, "qwen3_vl": Qwen3VLProcessor}
+
+
+def edges(shortest: int, longest: int) -> dict[str, int]:
+    return {"shortest_edge": shortest, "longest_edge": longest}
+
+
+def size(side: int) -> dict[str, int]:
+    return {"height": side, "width": side}
+
+
+def processor_of(name: str) -> ProcessorMixin:
+    template = TEMPLATE.replace("PICTURE", "<start_of_image>" if name == "gemma3" else "<image>")
+    if name == "llava":
+        images = CLIPImageProcessorPil(size=size(24), crop_size=size(24))
+        return LlavaProcessor(
+            images, tokenizer(60), patch_size=6, vision_feature_select_strategy="default",
+            num_additional_image_tokens=1, chat_template=template,
+        )  # fmt: skip
+    if name == "llava_next":
+        images = LlavaNextImageProcessorPil(
+            size={"shortest_edge": 12}, crop_size=size(12), image_grid_pinpoints=[[12, 24], [24, 12], [24, 24]]
+        )
+        return LlavaNextProcessor(
+            images, tokenizer(60), patch_size=4, vision_feature_select_strategy="default",
+            num_additional_image_tokens=1, chat_template=template,
+        )  # fmt: skip
+    if name == "gemma3":
+        marks = {"<start_of_image>": 50, "<end_of_image>": 51, "\n\n": 52}
+        words = tokenizer(60, "<image_soft_token>", marks)
+        words.image_token, words.image_token_id = "<image_soft_token>", 60
+        words.boi_token, words.boi_token_id = "<start_of_image>", 50
+        words.eoi_token = "<end_of_image>"
+        images = Gemma3ImageProcessorPil(size=size(24))
+        return Gemma3Processor(images, words, chat_template=template, image_seq_length=9)
+    if name == "paligemma":
+        words = tokenizer(60)
+        images = SiglipImageProcessorPil(size=size(24))
+        images.image_seq_length = 16
+        return PaliGemmaProcessor(images, words)
+    if name.startswith("qwen"):
+        template = TEMPLATE.replace("PICTURE", "<|vision_start|><|image_pad|><|vision_end|>")
+        marks = {"<|video_pad|>": 61, "<|vision_start|>": 50, "<|vision_end|>": 51}
+        words = tokenizer(60, "<|image_pad|>", marks)
+        images = Qwen2VLImageProcessorPil(patch_size=4, merge_size=2, temporal_patch_size=2, size=edges(256, 1024))
+        return without_videos(QWEN[name])(images, words, None, chat_template=template)
+    if name == "internvl":
+        template = TEMPLATE.replace("PICTURE", "<IMG_CONTEXT>")
+        words = tokenizer(60, "<IMG_CONTEXT>", {"<img>": 50, "</img>": 51, "<video>": 61})
+        words.start_image_token, words.end_image_token, words.context_image_token = "<img>", "</img>", "<IMG_CONTEXT>"
+        words.start_image_token_id, words.end_image_token_id, words.context_image_token_id = 50, 51, 60
+        words.video_token = "<video>"
+        images = GotOcr2ImageProcessorPil(size=size(24), max_patches=2)
+        return without_videos(InternVLProcessor)(images, words, None, image_seq_length=9, chat_template=template)
+    if name == "llava_onevision":
+        images = LlavaOnevisionImageProcessorPil(size=size(12), image_grid_pinpoints=[[12, 24], [24, 12], [24, 24]])
+        return without_videos(LlavaOnevisionProcessor)(
+            images, tokenizer(60, more={"<video>": 61}), None, num_image_tokens=9, chat_template=template,
+            vision_feature_select_strategy="full", vision_aspect_ratio="anyres_max_2",
+        )  # fmt: skip
+    if name in ("mistral3", "pixtral"):
+        template = TEMPLATE.replace("PICTURE", "[IMG]")
+        words = tokenizer(60, "[IMG]", {"[IMG_BREAK]": 52, "[IMG_END]": 51})
+        merge = 2 if name == "mistral3" else 1
+        images = PixtralImageProcessorPil(size={"longest_edge": 24}, patch_size={"height": 4, "width": 4})
+        return PixtralProcessor(images, words, patch_size=4, spatial_merge_size=merge, chat_template=template)
+    marks = {f"<row_{row}_col_{column}>": 40 + 2 * row + column for row in (1, 2) for column in (1, 2)}
+    marks |= {"<fake_token_around_image>": 53, "<global-img>": 54, "<end_of_utterance>": 55, "\n\n": 56}
+    images = Idefics3ImageProcessorPil(size={"longest_edge": 48}, max_image_size={"longest_edge": 24})
+    return Idefics3Processor(images, tokenizer(60, more=marks), image_seq_len=9, chat_template=template)

@@ -28,7 +28,7 @@ def train(run: Path, *, stages: str = ",".join(STAGES), shipped: bool = False, s
     Args:
         run: folder of checkpoints and metrics.
         stages: comma-separated, of tower, language, joint.
-        shipped: start joint from the weights that the package ships.
+        shipped: start tower or joint from the weights that the package ships.
         seed: all randomness follows from it.
     """
     names = [name.strip() for name in stages.split(",")]
@@ -57,7 +57,7 @@ def pack(run: Path, *, out: Path = DELTA) -> None:
 
 def _training(name: str, run: Path, seed: int, delta: Path | None) -> Iterator[dict[str, float]]:
     if name == "tower":
-        return train_tower(run, TowerConfig(seed=seed))
+        return train_tower(run, TowerConfig(seed=seed), delta)
     if name == "language":
         return train_language(run, LanguageConfig(seed=seed))
     return train_joint(run, JointConfig(seed=seed), delta)

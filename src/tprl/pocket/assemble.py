@@ -4,19 +4,17 @@ import hashlib
 import os
 import shutil
 import tempfile
-import time
-from functools import cache
 from pathlib import Path
 
 import torch
 from safetensors.torch import load_file
-from torch import nn
 
 import tprl
 from tprl.checkpoint import save_tensors
 from tprl.lvlm.model import Lvlm
 from tprl.pocket.base import image_token_id, load_base
 from tprl.pocket.model import add_delta, new_llava, new_processor
+from tprl.pocket.precision import fastest_dtype
 
 NAME = "pocket-llava"
 ASSETS = Path(tprl.__file__).parent / "assets"
@@ -82,22 +80,3 @@ def open_lvlm(model: str, dtype: str = "auto", device: str = "cpu") -> Lvlm:
         raise ValueError(f"dtype {dtype!r} is not 'auto' or one of {', '.join(DTYPES)}")
     chosen = fastest_dtype(device) if dtype == "auto" else DTYPES[dtype]
     return Lvlm.from_pretrained(str(pocket_llava()) if model == NAME else model, chosen, device)
-
-
-@cache
-def fastest_dtype(device: str) -> torch.dtype:
-    """bfloat16 where a linear layer of usual size runs at least 1.3 times as fast in it as in float32."""
-    seconds = {dtype: _seconds(dtype, device) for dtype in (torch.float32, torch.bfloat16)}
-    return torch.bfloat16 if seconds[torch.float32] > 1.3 * seconds[torch.bfloat16] else torch.float32
-
-
-def _seconds(dtype: torch.dtype, device: str) -> float:
-    layer = nn.Linear(576, 1536, device=device, dtype=dtype)
-    rows = torch.randn(2048, 576, device=device, dtype=dtype)
-    best = float("inf")
-    with torch.no_grad():
-        for _ in range(4):
-            start = time.perf_counter()
-            layer(rows).sum().item()
-            best = min(best, time.perf_counter() - start)
-    return best

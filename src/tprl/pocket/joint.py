@@ -15,27 +15,28 @@ import numpy as np
 import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
-from transformers import AttentionInterface, LlavaForConditionalGeneration
+from transformers import LlavaForConditionalGeneration
 
 from tprl.checkpoint import load_checkpoint, load_optimizer, optimizer_tensors, prefixed, save_checkpoint, with_prefix
 from tprl.data.scenes import FAMILIES, make_scene
 from tprl.lvlm.packing import pack
 from tprl.pocket.base import embeddings_of, image_token_id, load_base
-from tprl.pocket.labels import GRID, SLOTS, UNITS, anchors, glyph_labels, patch_labels, presence
+from tprl.pocket.labels import GRID, SLOTS, UNITS
 from tprl.pocket.language import LANGUAGE, answer_loss, competing
 from tprl.pocket.looking import Looking, relevant_patches
 from tprl.pocket.model import add_delta, new_llava
+from tprl.pocket.precision import fastest_attention, mixed_precision
 from tprl.pocket.questions import DESCRIBE, Tokens, draw_questions
 from tprl.pocket.tower import (
     GLYPH_LAYER,
     TOWER,
+    Sight,
     Tower,
-    mark_loss,
+    make_batch,
     normalise,
-    plain_attention,
     schedule,
+    tower_losses,
     word_accuracy,
-    word_loss,
 )
 from tprl.pocket.words import blank_word, word_columns
 
@@ -72,15 +73,14 @@ class Pocket(nn.Module):
         super().__init__()
         self.llava, self.presence, self.marks = llava, tower.presence, tower.marks
 
-    def see(self, pixels: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Pixels ``(B, 3, SIDE, SIDE)`` to visual tokens ``(B, N, D)``, pre-activations of the words
-        ``(B, N, UNITS)``, presence logits and marks."""
+    def see(self, pixels: Tensor) -> tuple[Tensor, Sight]:
+        """Pixels ``(B, 3, SIDE, SIDE)`` to visual tokens ``(B, N, D)`` and what the tower made of them."""
         projector = self.llava.model.multi_modal_projector
         output = self.llava.model.vision_tower(pixels, output_hidden_states=True)
         hidden = projector.linear_1(output.last_hidden_state[:, 1:])
         visual = projector.linear_2(projector.act(hidden))
         marks = self.marks(output.hidden_states[GLYPH_LAYER][:, 1:])
-        return visual, hidden[..., :UNITS], self.presence(output.pooler_output), marks
+        return visual, Sight(hidden[..., :UNITS], self.presence(output.pooler_output), marks, output.hidden_states)
 
 
 def start(run: Path) -> tuple[Pocket, Tokens]:
@@ -118,8 +118,7 @@ def train_joint(run: Path, config: JointConfig, delta: Path | None = None) -> It
     """
     torch.manual_seed(config.seed)
     pocket, tokens = start_from(delta) if delta else start(run)
-    AttentionInterface.register("plain", plain_attention)
-    pocket.llava.model.vision_tower.set_attn_implementation("plain")
+    pocket.llava.model.vision_tower.set_attn_implementation(fastest_attention())
     language, head = pocket.llava.model.language_model, pocket.llava.lm_head
     language.get_input_embeddings().weight.requires_grad_(False)
     looking = Looking(language)
@@ -141,32 +140,25 @@ def train_joint(run: Path, config: JointConfig, delta: Path | None = None) -> It
     for step in range(first, config.steps):
         rng = np.random.default_rng((config.seed, 7, step))
         scenes = [make_scene("train", int(i)) for i in rng.integers(2**31, size=config.pictures)]
-        pixels = torch.from_numpy(np.stack([np.asarray(scene.render()) for scene in scenes]))
-        labels = torch.from_numpy(np.stack([patch_labels(scene) for scene in scenes], 1)).long()
-        glyphs = torch.from_numpy(np.stack([glyph_labels(scene) for scene in scenes])).long()
-        centres = torch.from_numpy(np.stack([anchors(scene) for scene in scenes]))
-        present = torch.from_numpy(np.stack([presence(scene) for scene in scenes]))
+        batch = make_batch(scenes)
         asked = [draw_questions(scene, tokens, rng, config.questions, FAMILY_WEIGHTS) for scene in scenes]
         packed = pack(prefix, everything, [questions.blocks for questions in asked])
         vocabulary = competing(packed, tokens.answer_words, head.out_features, rng)
         for group in optimizer.param_groups:
             group["lr"] = group["rate"] * schedule(step, config.warmup_steps, config.steps)
-        with torch.autocast("cpu", torch.bfloat16):
-            visual, units, presence_logits, marks = pocket.see(normalise(pixels))
+        with mixed_precision():
+            visual, sight = pocket.see(normalise(batch.pixels))
             answered, right = answer_loss(language, head, visual, packed, vocabulary)
-            looked = looking.loss(packed, *relevant_patches(asked, labels))
-        units = units.float().flatten(0, 1)
-        named = word_loss(units, labels.flatten(1), [slot.weight for slot in SLOTS])
-        known = nn.functional.binary_cross_entropy_with_logits(presence_logits.float(), present)
-        marked = mark_loss(marks, glyphs, centres)
+            looked = looking.loss(packed, *relevant_patches(asked, batch.labels))
+            seen_right = tower_losses(sight, pocket.llava.model.vision_tower, batch, [slot.weight for slot in SLOTS])
         optimizer.zero_grad()
-        (answered + 0.3 * looked + 0.5 * named + 0.5 * known + marked).backward()
+        (answered + 0.3 * looked + 0.5 * sum(seen_right.values())).backward()
         if not torch.isfinite(nn.utils.clip_grad_norm_(own.values(), 1.0)):
             raise RuntimeError(f"the gradient is not finite at step {step}")
         optimizer.step()
-        for name, loss in (("loss", answered), ("look", looked), ("words", named), ("marks", marked)):
+        for name, loss in {"loss": answered, "look": looked, **seen_right}.items():
             seen[name].append(loss.item())
-        for name, share in word_accuracy(units.detach(), labels.flatten(1)).items():
+        for name, share in word_accuracy(sight.units, batch.labels).items():
             seen["see " + name].append(share)
         for family, hit in zip([f for questions in asked for f in questions.families], right.tolist(), strict=True):
             seen[family].append(hit)

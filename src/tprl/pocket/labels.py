@@ -59,26 +59,54 @@ SLOTS = (
 UNITS = sum(len(slot.words) for slot in SLOTS)
 
 
-def patch_labels(scene: Scene, grid: int = GRID, least: float = 1 / 3) -> np.ndarray:
-    """Labels of every patch, int16 ``(slots, grid * grid)``, raster order.
+BACKGROUND, UNCLEAR = -1, -2
 
-    A patch belongs to the thing whose region covers more than ``least`` of it, and is background below a tenth;
-    between the two it is ignored. Every thing has at least the patch that it covers most.
+
+def patch_owners(scene: Scene, grid: int = GRID, least: float = 1 / 3) -> np.ndarray:
+    """Number of the thing in ``scene.things`` that every patch belongs to, int64 ``(grid * grid,)``, raster order.
+
+    A patch belongs to the thing whose region covers more than ``least`` of it, and is ``BACKGROUND`` below a tenth;
+    between the two it is ``UNCLEAR``. Every thing has at least the patch that it covers most.
     """
-    labels = np.zeros((len(SLOTS), grid, grid), np.int16)
+    owners = np.full((grid, grid), BACKGROUND)
     coverage = np.zeros((grid, grid))
     patch = SIDE // grid
     edges = np.arange(grid + 1) * patch
-    for thing in scene.things:
+    for number, thing in enumerate(scene.things):
         left, top, right, bottom = thing.region
         wide = np.clip(np.minimum(edges[1:], right) - np.maximum(edges[:-1], left), 0, patch) / patch
         high = np.clip(np.minimum(edges[1:], bottom) - np.maximum(edges[:-1], top), 0, patch) / patch
         share = high[:, None] * wide[None, :]
-        own = share > np.maximum(coverage, min(least, share.max() - 1e-6))
-        labels[:, own] = np.array(_facts(scene, thing), np.int16)[:, None]
+        owners[share > np.maximum(coverage, min(least, share.max() - 1e-6))] = number
         coverage = np.maximum(coverage, share)
-    labels[:, (coverage >= 0.1) & (coverage <= least)] = IGNORE
-    return labels.reshape(len(SLOTS), -1)
+    owners[(coverage >= 0.1) & (coverage <= least)] = UNCLEAR
+    return owners.reshape(-1)
+
+
+def patch_labels(scene: Scene, grid: int = GRID, least: float = 1 / 3) -> np.ndarray:
+    """Labels of every patch, int16 ``(slots, grid * grid)``: those of the thing that owns it, see ``patch_owners``."""
+    of_things = [_facts(scene, thing) for thing in scene.things]
+    table = np.array([*of_things, [IGNORE] * len(SLOTS), [NONE] * len(SLOTS)], np.int16)
+    return table[patch_owners(scene, grid, least)].T
+
+
+LOOKUPS = ("nearest", *DIRECTIONS)
+"""Slots whose word is the kind of another thing."""
+
+
+def patch_neighbours(scene: Scene, owners: np.ndarray) -> np.ndarray:
+    """Number of the thing that holds the answer of each of ``LOOKUPS`` for the owner of every patch, int64
+    ``(LOOKUPS, N)``; -1 where there is none.
+
+    Args:
+        owners: see ``patch_owners``.
+    """
+    numbers = {id(thing): number for number, thing in enumerate(scene.things)}
+    found = [
+        [numbers.get(id(scene.nearest(thing, direction)), -1) for direction in (None, *DIRECTIONS.values())]
+        for thing in scene.things
+    ]
+    return np.array([*found, [-1] * len(LOOKUPS), [-1] * len(LOOKUPS)])[owners].T
 
 
 GLYPHS = 21

@@ -23,6 +23,7 @@ from tprl.lvlm.packing import IGNORE, Packed, pack
 from tprl.pocket.base import embeddings_of, load_base
 from tprl.pocket.labels import SLOTS, patch_labels
 from tprl.pocket.looking import Looking, relevant_patches
+from tprl.pocket.precision import mixed_precision
 from tprl.pocket.questions import DESCRIBE, Tokens, draw_questions
 from tprl.pocket.words import blank_word, symbolic_units, word_columns
 
@@ -147,7 +148,7 @@ def train_language(run: Path, config: LanguageConfig) -> Iterator[dict[str, floa
         for group in optimizer.param_groups:
             group["lr"] = config.learning_rate * min(1, (step + 1) / 20)
         vocabulary = competing(packed, tokens.answer_words, len(embeddings), rng)
-        with torch.autocast("cpu", torch.bfloat16):
+        with mixed_precision():
             loss, right = answer_loss(model.model, model.lm_head, visual, packed, vocabulary)
             looked = looking.loss(packed, *relevant_patches(asked, labels))
         model.zero_grad()

@@ -1,14 +1,16 @@
-"""Teaching the language model's attention where in the picture an answer stands."""
+"""Teaching attention where to look: the tower's heads where a thing's neighbours and its likes are, the language
+model's heads where in the picture an answer stands."""
 
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import LlamaModel
+from transformers import CLIPVisionModel, LlamaModel
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
 from tprl.data.scenes import COLOURS, KINDS
 from tprl.lvlm.packing import Packed
+from tprl.pocket.labels import LOOKUPS
 from tprl.pocket.questions import Questions
 
 LOOKING_LAYERS, LOOKING_KEY_HEADS = (4, 5, 6), 2
@@ -57,6 +59,60 @@ class Looking:
                 everything = scores.masked_fill(~visible, -torch.inf).logsumexp(-1)
                 losses.append(everything - scores.masked_fill(~wanted, -torch.inf).logsumexp(-1))
         return torch.cat(losses, -1).mean()
+
+
+COUNT = "count"
+TOWER_LOOKS = {
+    3: {0: "nearest", 2: "left of", 3: "above"},
+    4: {0: "right of", 2: "below", 3: COUNT},
+}
+"""What each taught head of the tower looks for, by layer and head; the others stay free."""
+CLS_SHARE = 3.0
+"""Attention that [CLS] gets while counting, against 1 for each thing: n things leave it 3 / (3 + n)."""
+
+
+def tower_looking_loss(
+    vision: CLIPVisionModel, hidden: tuple[Tensor, ...], owners: Tensor, neighbours: Tensor, alike: Tensor
+) -> Tensor:
+    """How far the heads of ``TOWER_LOOKS`` are from looking where the answer stands, mean over patches of things.
+
+    A head for neighbours is to spend its attention on the neighbour, wherever on it: ``-log(attention there)``. The
+    head that counts is to spread it evenly over the things alike, one patch each, and [CLS], from whose share the
+    number can be read: cross-entropy.
+
+    Args:
+        hidden: the hidden states of all layers, ``(B, 1 + N, D)`` each, [CLS] first.
+        owners: int64 ``(B, N)``, see ``patch_owners``.
+        neighbours: int64 ``(B, LOOKUPS, N)``, see ``patch_neighbours``.
+        alike: int64 ``(B, N)``: number of the kind of the thing whose centre is on the patch, -1 for none.
+    """
+    picture, patch = (owners >= 0).nonzero(as_tuple=True)
+    owner = owners[picture, patch]
+    kinds = torch.full((len(owners), int(owners.max()) + 1), -1)
+    centred, at = (alike >= 0).nonzero(as_tuple=True)
+    kinds[centred, owners[centred, at]] = alike[centred, at]
+    losses = []
+    for number, heads in TOWER_LOOKS.items():
+        layer: Any = vision.get_submodule(f"encoder.layers.{number}")
+        states, size = layer.layer_norm1(hidden[number]), layer.self_attn.head_dim
+        queries = layer.self_attn.q_proj(states[picture, 1 + patch]).float().unflatten(-1, (-1, size))
+        keys = layer.self_attn.k_proj(states).float().unflatten(-1, (-1, size))
+        for head, looked_for in heads.items():
+            scores = (
+                torch.cat([queries[picture == b, head] @ keys[b, :, head].T for b in range(len(owners))])
+                * layer.self_attn.scale
+            )
+            everything = scores.logsumexp(-1)
+            if looked_for == COUNT:
+                same = (alike[picture] == kinds[picture, owner][:, None]).float()
+                wanted = nn.functional.normalize(nn.functional.pad(same, (1, 0), value=CLS_SHARE), p=1, dim=1)
+                losses.append(everything - (wanted * scores).sum(-1))
+            else:
+                neighbour = neighbours[picture, LOOKUPS.index(looked_for), patch]
+                there = (owners[picture] == neighbour[:, None])[neighbour >= 0]
+                known = scores[neighbour >= 0]
+                losses.append(everything[neighbour >= 0] - known[:, 1:].masked_fill(~there, -torch.inf).logsumexp(-1))
+    return torch.cat(losses).mean()
 
 
 def relevant_patches(asked: list[Questions], labels: Tensor) -> tuple[Tensor, Tensor]:

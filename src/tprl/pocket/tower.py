@@ -8,19 +8,37 @@ so its attention means what it means in CLIP: where the things are.
 """
 
 import time
+from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
-from transformers import AttentionInterface, CLIPVisionConfig, CLIPVisionModel
+from transformers import CLIPVisionConfig, CLIPVisionModel
 
 from tprl.checkpoint import load_checkpoint, load_optimizer, optimizer_tensors, prefixed, save_checkpoint, with_prefix
-from tprl.data.scenes import COLOURS, KINDS, SIDE, make_scene
-from tprl.pocket.labels import GLYPHS, GRID, IGNORE, SLOTS, UNITS, anchors, glyph_labels, patch_labels, presence
+from tprl.data.scenes import COLOURS, KINDS, SIDE, Scene, make_scene
+from tprl.pocket.labels import (
+    BACKGROUND,
+    GLYPHS,
+    GRID,
+    IGNORE,
+    SLOTS,
+    UNITS,
+    anchors,
+    glyph_labels,
+    patch_labels,
+    patch_neighbours,
+    patch_owners,
+    presence,
+)
+from tprl.pocket.looking import tower_looking_loss
+from tprl.pocket.precision import compiled_if_mixed, fastest_attention, mixed_precision
 
 TOWER = "tower.safetensors"
 GLYPH_LAYER = 3
@@ -39,7 +57,24 @@ class TowerConfig:
     weight_decay: float = 0.05
     seed: int = 0
     context_from: int = 300
-    save_every: int = 100
+    frozen_layers: int = 0
+    save_every: int = 50
+
+
+class Sight(NamedTuple):
+    """What the tower sees in pictures.
+
+    Attributes:
+        units: pre-activations of the words, ``(B, N, UNITS)``.
+        presence: logits of what the picture holds, ``(B, kinds + colours)``, from [CLS].
+        marks: ``(B, N, GLYPHS + 1)`` logits of the glyph on each patch and of a thing's centre there, from the middle.
+        hidden: hidden states of all layers, ``(B, 1 + N, D)`` each.
+    """
+
+    units: Tensor
+    presence: Tensor
+    marks: Tensor
+    hidden: tuple[Tensor, ...]
 
 
 class Tower(nn.Module):
@@ -56,12 +91,12 @@ class Tower(nn.Module):
             positions = self.vision.get_parameter("embeddings.position_embedding.weight")
             positions[1:] = sincos_positions(GRID, positions.shape[1])
 
-    def forward(self, pixels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Pixels ``(B, 3, SIDE, SIDE)`` to unit pre-activations ``(B, N, UNITS)``, presence logits, and, from the
-        middle of the tower, ``(B, N, GLYPHS + 1)`` logits of the glyph on each patch and of a thing's centre there."""
+    def forward(self, pixels: Tensor) -> Sight:
+        """Pixels ``(B, 3, SIDE, SIDE)``, normalised."""
         output = self.vision(pixels, output_hidden_states=True)
-        middle = output.hidden_states[GLYPH_LAYER][:, 1:]
-        return self.words(output.last_hidden_state[:, 1:]), self.presence(output.pooler_output), self.marks(middle)
+        marks = self.marks(output.hidden_states[GLYPH_LAYER][:, 1:])
+        units = self.words(output.last_hidden_state[:, 1:])
+        return Sight(units, self.presence(output.pooler_output), marks, output.hidden_states)
 
 
 def vision_config() -> CLIPVisionConfig:
@@ -104,7 +139,7 @@ def mark_loss(marks: Tensor, glyphs: Tensor, centres: Tensor) -> Tensor:
     """Cross-entropy of the glyphs and of the things' centres on patches.
 
     Args:
-        marks: ``(B, N, GLYPHS + 1)`` logits, see ``Tower``.
+        marks: see ``Sight``.
         glyphs: int64 ``(B, N)``.
         centres: bool ``(B, N)``.
     """
@@ -115,8 +150,15 @@ def mark_loss(marks: Tensor, glyphs: Tensor, centres: Tensor) -> Tensor:
     return glyph + 0.25 * centre
 
 
+@torch.no_grad()
 def word_accuracy(units: Tensor, labels: Tensor) -> dict[str, float]:
-    """Share of right words a slot, over the patches to which the slot applies."""
+    """Share of right words a slot, over the patches to which the slot applies.
+
+    Args:
+        units: ``(B, N, UNITS)``.
+        labels: ``(slots, B, N)``.
+    """
+    units, labels = units.flatten(0, 1), labels.flatten(1)
     none = units.new_full((len(units), 1), NONE_LOGIT)
     scores = {}
     for slot, block, label in zip(SLOTS, units.split([len(s.words) for s in SLOTS], 1), labels, strict=True):
@@ -126,24 +168,58 @@ def word_accuracy(units: Tensor, labels: Tensor) -> dict[str, float]:
     return scores
 
 
-class _Batches(Dataset[tuple[Tensor, ...]]):
-    """Batch ``step`` of freshly drawn training scenes: pixels uint8, labels, glyphs, centres, presence."""
+class Batch(NamedTuple):
+    """Pictures and all that they are known to show, by picture and patch.
 
-    def __init__(self, split: str, batch_size: int, first: int, last: int) -> None:
-        self.split, self.batch_size, self.first, self.last = split, batch_size, first, last
+    Attributes:
+        pixels: uint8 ``(B, SIDE, SIDE, 3)``.
+        labels: int64 ``(slots, B, N)``, see ``patch_labels``.
+        owners, neighbours: see ``tower_looking_loss``.
+        glyphs: int64 ``(B, N)``, see ``glyph_labels``.
+        centres: bool ``(B, N)``, see ``anchors``.
+        presence: float32 ``(B, kinds + colours)``.
+    """
+
+    pixels: Tensor
+    labels: Tensor
+    owners: Tensor
+    neighbours: Tensor
+    glyphs: Tensor
+    centres: Tensor
+    presence: Tensor
+
+    @property
+    def alike(self) -> Tensor:
+        """See ``tower_looking_loss``."""
+        return torch.where(self.centres, self.labels[0] - 1, BACKGROUND)
+
+
+def make_batch(scenes: list[Scene]) -> Batch:
+    owners = [patch_owners(scene) for scene in scenes]
+    arrays = (
+        np.stack([np.asarray(scene.render()) for scene in scenes]),
+        np.stack([patch_labels(scene) for scene in scenes], 1).astype(np.int64),
+        np.stack(owners),
+        np.stack([patch_neighbours(scene, own) for scene, own in zip(scenes, owners, strict=True)]),
+        np.stack([glyph_labels(scene) for scene in scenes]).astype(np.int64),
+        np.stack([anchors(scene) for scene in scenes]),
+        np.stack([presence(scene) for scene in scenes]),
+    )
+    return Batch(*(torch.from_numpy(array) for array in arrays))
+
+
+class _Batches(Dataset[Batch]):
+    """Batch ``step`` of freshly drawn training scenes."""
+
+    def __init__(self, batch_size: int, first: int, last: int) -> None:
+        self.batch_size, self.first, self.last = batch_size, first, last
 
     def __len__(self) -> int:
         return self.last - self.first
 
-    def __getitem__(self, index: int) -> tuple[Tensor, ...]:
+    def __getitem__(self, index: int) -> Batch:
         start = (self.first + index) * self.batch_size
-        scenes = [make_scene(self.split, i) for i in range(start, start + self.batch_size)]
-        pixels = np.stack([np.asarray(scene.render()) for scene in scenes])
-        labels = np.stack([patch_labels(scene) for scene in scenes], 1)
-        glyphs = np.stack([glyph_labels(scene) for scene in scenes])
-        centres = np.stack([anchors(scene) for scene in scenes])
-        present = np.stack([presence(scene) for scene in scenes])
-        return tuple(torch.from_numpy(array) for array in (pixels, labels, glyphs, centres, present))
+        return make_batch([make_scene("train", i) for i in range(start, start + self.batch_size)])
 
 
 def normalise(pixels: Tensor) -> Tensor:
@@ -151,65 +227,82 @@ def normalise(pixels: Tensor) -> Tensor:
     return pixels.permute(0, 3, 1, 2).float() / 127.5 - 1
 
 
-def plain_attention(
-    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: None, scaling: float, **_: object
-) -> tuple[Tensor, None]:
-    """Attention as two matrix products: PyTorch's fused one has a slow backward pass in bfloat16 on CPUs."""
-    weights = ((query * scaling) @ key.transpose(-1, -2)).softmax(-1)
-    return (weights @ value).transpose(1, 2).contiguous(), None
+def tower_losses(sight: Sight, vision: CLIPVisionModel, batch: Batch, weights: list[float]) -> dict[str, Tensor]:
+    """What the tower is taught, by name; their sum is its loss.
+
+    Args:
+        weights: of the slots.
+    """
+    looked = tower_looking_loss(vision, sight.hidden, batch.owners, batch.neighbours, batch.alike)
+    return {
+        "words": word_loss(sight.units.float().flatten(0, 1), batch.labels.flatten(1), weights),
+        "presence": nn.functional.binary_cross_entropy_with_logits(sight.presence.float(), batch.presence),
+        "marks": 2 * mark_loss(sight.marks, batch.glyphs, batch.centres),
+        "looking": 0.2 * looked,
+    }
 
 
-def train_tower(run: Path, config: TowerConfig) -> Iterator[dict[str, float]]:
-    """Train, or go on training, the tower in ``run``; yields the metrics of every logged step."""
+def shipped_tower(delta: Path) -> Tower:
+    """The tower of a file of differences, with fresh read-outs of presence and marks."""
+    tower, tensors = Tower(), load_file(delta)
+    tower.vision.load_state_dict(with_prefix(tensors, "model.vision_tower."))
+    words = with_prefix(tensors, "model.multi_modal_projector.linear_1.")
+    tower.words.load_state_dict({name: tensor[:UNITS] for name, tensor in words.items()})
+    return tower
+
+
+def train_tower(run: Path, config: TowerConfig, delta: Path | None = None) -> Iterator[dict[str, float]]:
+    """Train, or go on training, the tower in ``run``; yields the metrics of every logged step.
+
+    Args:
+        delta: start from these weights instead of random ones.
+    """
     torch.manual_seed(config.seed)
-    tower = Tower()
-    decayed = [p for p in tower.parameters() if p.ndim > 1]
-    others = [p for p in tower.parameters() if p.ndim <= 1]
-    groups = [{"params": decayed, "weight_decay": config.weight_decay}, {"params": others, "weight_decay": 0.0}]
-    optimizer = torch.optim.AdamW(groups, lr=config.learning_rate, betas=(0.9, 0.98))
+    tower = shipped_tower(delta) if delta else Tower()
+    if config.frozen_layers:
+        tower.vision.get_submodule("embeddings").requires_grad_(False)
+        tower.vision.get_submodule("pre_layrnorm").requires_grad_(False)
+    for number in range(config.frozen_layers):
+        tower.vision.get_submodule(f"encoder.layers.{number}").requires_grad_(False)
+    own = [p for p in tower.parameters() if p.requires_grad]
+    groups = [
+        {"params": [p for p in own if p.ndim > 1], "weight_decay": config.weight_decay},
+        {"params": [p for p in own if p.ndim <= 1], "weight_decay": 0.0},
+    ]
+    optimizer = torch.optim.AdamW(groups, lr=config.learning_rate, betas=(0.9, 0.98), fused=True)
     path, start = run / TOWER, 0
     if path.exists():
         tensors, meta = load_checkpoint(path)
         tower.load_state_dict(with_prefix(tensors, "model."))
         load_optimizer(optimizer, tensors)
         start = meta["step"]
-    AttentionInterface.register("plain", plain_attention)
-    tower.vision.set_attn_implementation("plain")
-
-    @torch.compile
-    def losses(
-        pixels: Tensor, labels: Tensor, glyphs: Tensor, centres: Tensor, present: Tensor, weights: list[float]
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        with torch.autocast("cpu", torch.bfloat16):
-            units, presence_logits, marks = tower(pixels)
-        units = units.float().flatten(0, 1)
-        cls_loss = nn.functional.binary_cross_entropy_with_logits(presence_logits.float(), present)
-        return word_loss(units, labels, weights), cls_loss, mark_loss(marks, glyphs, centres), units.detach()
-
-    loader = DataLoader(_Batches("train", config.batch_size, start, config.steps), batch_size=None, num_workers=1)
+    tower.vision.set_attn_implementation(fastest_attention())
+    see = compiled_if_mixed(tower)
+    loader = DataLoader(_Batches(config.batch_size, start, config.steps), batch_size=None, num_workers=1)
+    seen: dict[str, list[float]] = defaultdict(list)
     clock = time.perf_counter()
-    for step, (pixels, labels, glyphs, centres, present) in enumerate(loader, start):
+    for step, batch in enumerate(loader, start):
         for group in optimizer.param_groups:
             group["lr"] = config.learning_rate * schedule(step, config.warmup_steps, config.steps)
-        flat = labels.long().flatten(1)
-        weights = [slot.weight * (step >= config.context_from or not slot.context) for slot in SLOTS]
-        loss, cls_loss, marked, units = losses(normalise(pixels), flat, glyphs.long(), centres, present, weights)
+        context = step >= config.context_from or delta is not None
+        weights = [slot.weight * (context or not slot.context) for slot in SLOTS]
+        with mixed_precision():
+            sight = see(normalise(batch.pixels))
+            losses = tower_losses(sight, tower.vision, batch, weights)
+            if not context:
+                del losses["looking"]
         optimizer.zero_grad()
-        (loss + cls_loss + 2 * marked).backward()
-        norm = nn.utils.clip_grad_norm_(tower.parameters(), 1.0)
-        if not torch.isfinite(norm):
+        sum(losses.values()).backward()
+        if not torch.isfinite(nn.utils.clip_grad_norm_(own, 1.0)):
             raise RuntimeError(f"the gradient is not finite at step {step}")
         optimizer.step()
+        scores = {name: loss.item() for name, loss in losses.items()} | word_accuracy(sight.units, batch.labels)
+        for name, score in scores.items():
+            seen[name].append(score)
         if (step + 1) % 20 == 0:
-            scores = word_accuracy(units, flat)
-            yield {
-                "step": step + 1,
-                "seconds_per_step": (time.perf_counter() - clock) / 20,
-                "loss": loss.item(),
-                "cls_loss": cls_loss.item(),
-                "mark_loss": marked.item(),
-                **scores,
-            }
+            seconds = (time.perf_counter() - clock) / 20
+            yield {"step": step + 1, "seconds_per_step": seconds} | {n: float(np.mean(v)) for n, v in seen.items()}
+            seen.clear()
             clock = time.perf_counter()
         if (step + 1) % config.save_every == 0 or step + 1 == config.steps:
             state = prefixed(tower.state_dict().items(), "model.") | optimizer_tensors(optimizer)

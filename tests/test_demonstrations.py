@@ -76,7 +76,7 @@ def test_the_best_teacher_of_each_sample_wins_by_hand() -> None:
     weights = torch.tensor([[1.0, 0, 0, 0], [0, 0, 1, 0]])
     left, right = Order(range(4)), Order([3, 2, 1, 0])
     score = weigh(weights)
-    found = demonstrate([left, right], visual, [2, 1], torch.ones(2), score, alpha=1.0, beta=0.4, gamma=0.5)
+    found = demonstrate([left, right], visual, [2, 1], torch.ones(2), score, alpha=1.0, beta=0.4, gamma=0.5, margin=0.0)
     assert found.teacher.tolist() == [0, 1]
     states = [[[1, 1, 1, 1], [1, 1, 0, 0], [1, 0, 0, 0]], [[1, 1, 1, 1], [0, 0, 1, 1], [0, 0, 0, 1]]]
     assert found.trajectory.states.int().tolist() == states
@@ -85,9 +85,23 @@ def test_the_best_teacher_of_each_sample_wins_by_hand() -> None:
     assert found.trajectory.scores.tolist() == [[1, 1, 1], [1, 1, 0]]
     torch.testing.assert_close(found.returns, torch.tensor([0.3, -0.2]))
     # the order in which teachers are named says who is who, and nothing else
-    turned = demonstrate([right, left], visual, [2, 1], torch.ones(2), score, 1.0, 0.4, 0.5)
+    turned = demonstrate([right, left], visual, [2, 1], torch.ones(2), score, 1.0, 0.4, 0.5, 0.0)
     assert turned.teacher.tolist() == [1, 0]
     assert torch.equal(turned.trajectory.states, found.trajectory.states)
+
+
+def test_the_first_teacher_has_to_be_beaten_by_the_margin() -> None:
+    """The second is better by 0.5 on the second sample."""
+    visual = visual_tokens([4, 4], [1, 1], 4)
+    score = weigh(torch.tensor([[1.0, 0, 0, 0], [0, 0, 0, 0.5]]))
+    teachers = [Order(range(4)), Order([3, 2, 1, 0])]
+    chosen = {
+        margin: demonstrate(teachers, visual, [2, 1], torch.zeros(2), score, 1.0, 0.0, 1.0, margin)
+        for margin in (0.0, 0.49, 0.51)
+    }
+    assert [found.teacher.tolist() for found in chosen.values()] == [[0, 1], [0, 1], [0, 0]]
+    assert chosen[0.49].returns.tolist() == [1.0, 0.5]  # what it is worth, not what it is worth less the margin
+    assert chosen[0.51].returns.tolist() == [1.0, 0.0]
 
 
 def test_no_teacher_would_have_done_better() -> None:
@@ -95,7 +109,7 @@ def test_no_teacher_would_have_done_better() -> None:
     random = torch.Generator().manual_seed(0)
     weights, unpruned = torch.randn(3, 8, generator=random), torch.randn(3, generator=random)
     teachers = [Order(torch.randperm(8, generator=random).tolist()) for _ in range(6)]
-    found = demonstrate(teachers, visual, [4, 2], unpruned, weigh(weights), 1.0, 0.1, 0.9)
+    found = demonstrate(teachers, visual, [4, 2], unpruned, weigh(weights), 1.0, 0.1, 0.9, 0.0)
     assert len(set(found.teacher.tolist())) > 1
 
     def value(masks: Tensor, row: int) -> float:
@@ -122,7 +136,7 @@ def test_every_teacher_is_scored_in_one_call_with_all_steps() -> None:
         calls.append(tuple(masks.shape))
         return masks.sum(-1).float()
 
-    demonstrate([Order(range(8)), Order(range(8))], visual, [4, 2, 1], torch.zeros(3), score, 1.0, 0.1, 0.9)
+    demonstrate([Order(range(8)), Order(range(8))], visual, [4, 2, 1], torch.zeros(3), score, 1.0, 0.1, 0.9, 0.0)
     assert calls == [(3, 3, 8), (3, 3, 8)]
 
 

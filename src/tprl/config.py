@@ -61,6 +61,8 @@ class ImitateStage:
     Attributes:
         demonstrations: samples that are demonstrated, one trajectory kept of each; 0 skips the stage.
         teachers: selectors that compete for every sample, and "search", see ``tprl.demonstrations.search``.
+        margin: return by which another teacher has to beat the first of them to be imitated instead. Teachers blind
+            to the question often win by a hair, and a policy that imitates them learns to keep whatever there is.
         budgets: tokens kept after every step of a demonstration, falling.
         epochs: passes over the demonstrations.
         batch: samples in an update.
@@ -69,6 +71,7 @@ class ImitateStage:
 
     demonstrations: int = 2048
     teachers: tuple[str, ...] = ("text-attention", "fastervlm", "divprune", "cdpruner")
+    margin: float = 0.1
     budgets: tuple[int, ...] = (128, 48, 16)
     epochs: int = 5
     batch: int = 32

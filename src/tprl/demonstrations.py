@@ -65,11 +65,13 @@ def demonstrate(
     alpha: float,
     beta: float,
     gamma: float,
+    margin: float,
 ) -> Demonstrations:
     """Let every teacher prune the batch and keep, for every sample, the trajectory with the highest return.
 
     Args:
         score: from keep masks ``(T, B, N)`` to scores ``(T, B)``.
+        margin: return by which another has to beat the first teacher.
     """
     trajectories = []
     for teacher in teachers:
@@ -78,7 +80,9 @@ def demonstrate(
             env.step(mask)
         trajectories.append(env.finish(unpruned_score, score))
     returns = torch.stack([discounted_returns(t.rewards, gamma)[:, 0] for t in trajectories])
-    best = returns.argmax(0)
+    handicap = torch.full((len(teachers), 1), margin)
+    handicap[0] = 0
+    best = (returns - handicap).argmax(0)
     rows = torch.arange(len(best))
 
     def pick(name: str) -> Tensor:

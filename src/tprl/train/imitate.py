@@ -162,6 +162,7 @@ def _demonstrate(
         config.ppo.alpha,
         config.ppo.beta,
         config.ppo.gamma,
+        config.imitate.margin,
     )
     return {"states": best.trajectory.states.to(torch.uint8), "teacher": best.teacher, "returns": best.returns}
 

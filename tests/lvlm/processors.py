@@ -3,6 +3,8 @@
 SmolVLM's own wants a package for spelling numbers out in videos; its pictures are laid out as Idefics3's are.
 """
 
+from typing import Any
+
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Split
@@ -22,7 +24,6 @@ from transformers import (
     LlavaProcessor,
     PaliGemmaProcessor,
     PixtralImageProcessorPil,
-    PixtralProcessor,
     PreTrainedTokenizerFast,
     Qwen2_5_VLProcessor,
     Qwen2VLImageProcessorPil,
@@ -63,6 +64,15 @@ def edges(shortest: int, longest: int) -> dict[str, int]:
 
 def size(side: int) -> dict[str, int]:
     return {"height": side, "width": side}
+
+
+class PixtralRows(LlavaProcessor):
+    """Lays pictures out as Pixtral's processor does, which needs torchvision: a token after every row but the last,
+    and another after that."""
+
+    def replace_image_token(self, image_inputs: dict[str, Any], image_idx: int, **kwargs: Any) -> str:
+        rows, columns = (side // self.patch_size for side in image_inputs["image_sizes"][image_idx])
+        return "[IMG_BREAK]".join(["[IMG]" * columns] * rows) + "[IMG_END]"
 
 
 def processor_of(name: str) -> ProcessorMixin:
@@ -117,9 +127,9 @@ def processor_of(name: str) -> ProcessorMixin:
     if name in ("mistral3", "pixtral"):
         template = TEMPLATE.replace("PICTURE", "[IMG]")
         words = tokenizer(60, "[IMG]", {"[IMG_BREAK]": 52, "[IMG_END]": 51})
-        merge = 2 if name == "mistral3" else 1
-        images = PixtralImageProcessorPil(size={"longest_edge": 24}, patch_size={"height": 4, "width": 4})
-        return PixtralProcessor(images, words, patch_size=4, spatial_merge_size=merge, chat_template=template)
+        cell = 8 if name == "mistral3" else 4
+        images = PixtralImageProcessorPil(size={"longest_edge": 24}, patch_size={"height": cell, "width": cell})
+        return PixtralRows(images, words, patch_size=cell, image_token="[IMG]", chat_template=template)
     marks = {f"<row_{row}_col_{column}>": 40 + 2 * row + column for row in (1, 2) for column in (1, 2)}
     marks |= {"<fake_token_around_image>": 53, "<global-img>": 54, "<end_of_utterance>": 55, "\n\n": 56}
     images = Idefics3ImageProcessorPil(size={"longest_edge": 48}, max_image_size={"longest_edge": 24})

@@ -22,7 +22,7 @@ from transformers import BatchFeature
 
 import tprl
 from tprl.data.sample import Source
-from tprl.evaluate.flops import kv_cache_mib, lvlm_flops
+from tprl.evaluate.flops import encoded_tokens, kv_cache_mib, lvlm_flops
 from tprl.evaluate.latency import measure_prefill, prompt_inputs
 from tprl.evaluate.methods import QUESTION_BLIND, Method, choice_flops
 from tprl.evaluate.statistics import bootstrap_ci95
@@ -215,6 +215,11 @@ class Benchmark:
         lengths = [self.encoded.block(i).answer_start for i in range(len(self.encoded))]
         return sorted(range(len(lengths)), key=lambda i: lengths[i])[len(lengths) // 2]
 
+    def _encoded_tokens(self) -> int:
+        """What the vision tower makes of the typical sample's picture."""
+        sample = self.source.samples[self._typical()]
+        return encoded_tokens(self.lvlm.model.config, prompt_inputs(self.lvlm, self.source, sample))
+
     # --- results ---------------------------------------------------------------------------------------------
 
     def _results(self, cells: dict[str, Cell]) -> dict[str, Any]:
@@ -237,8 +242,11 @@ class Benchmark:
         text = mean([self.encoded.text_tokens(i) for i in range(len(self.encoded))])
         total = round(mean(unpruned.kept))
         counts = method.layer_counts(config.get_text_config().num_hidden_layers, total)
-        whole = lvlm_flops(config, total, round(text)).total
-        flops = lvlm_flops(config, total if counts else round(kept), round(text), counts).total + cell.selector_flops
+        encoded = self._encoded_tokens()
+        whole = lvlm_flops(config, total, round(text), encoded_tokens=encoded).total
+        entering = total if counts else round(kept)
+        pruned = lvlm_flops(config, entering, round(text), counts, encoded_tokens=encoded)
+        flops = pruned.total + cell.selector_flops
         return {
             "method": method.name,
             "budget": method.budget,

@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass
 from functools import lru_cache
-from math import isqrt
+from math import isqrt, prod
 from pathlib import Path
 from typing import Any, cast
 
@@ -183,6 +183,17 @@ def encoded_by(config: PreTrainedConfig) -> int:
     if _takes_any_size(config):
         raise ValueError(f"{family_of(config).name} takes pictures of any size: say how many encoded_tokens they have")
     return _tower(_key(config), 1, None).tokens
+
+
+def encoded_tokens(config: PreTrainedConfig, inputs: Mapping[str, Any]) -> int:
+    """Visual tokens that the tower makes of the pictures of one prompt, before newline tokens and unpadding.
+
+    Args:
+        inputs: what ``forward`` takes for the prompt.
+    """
+    if _takes_any_size(config):
+        return int((inputs["input_ids"] == config.image_token_id).sum())
+    return encoded_by(config) * prod(inputs["pixel_values"].shape[:-3])
 
 
 def kv_cache_mib(config: PreTrainedConfig, tokens: float, dtype_bytes: int) -> float:

@@ -47,21 +47,23 @@ def question_inputs(lvlm: Lvlm, image: Image.Image, question: str) -> BatchFeatu
 
 def pruned_model(lvlm: Lvlm, method: Method, inputs: BatchFeature) -> AbstractContextManager[object]:
     """A context in which the model itself prunes as ``method`` says, for a prompt of batch 1 and its answer."""
+    ids = inputs["input_ids"]
+    visual = ids == lvlm.model.config.image_token_id
+    budget = None if method.budget is None else min(method.budget, int(visual.sum()))
     if method.within is None:
         return prune(
             lvlm.model,
             cast(Selects, method.selector),
-            budget=method.budget,
+            budget=budget,
             threshold=method.threshold,
             template_ids=lvlm.template_ids,
         )
-    ids = inputs["input_ids"]
     return dropping(
         cast(Any, lvlm.model).get_decoder(),
         method.within.method,
-        visual=ids == lvlm.model.config.image_token_id,
+        visual=visual,
         last=torch.tensor([ids.shape[1] - 1], device=ids.device),
-        budgets=torch.tensor([method.within.budget], device=ids.device),
+        budgets=torch.tensor([budget], device=ids.device),
     )
 
 

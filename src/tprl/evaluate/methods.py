@@ -4,7 +4,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import cast
 
-import torch
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -69,7 +68,7 @@ class Method:
         if self.budget is None:
             assert self.pruner is not None
             return self.pruner.select_above(visual, self.threshold)
-        return self.selector.select(visual, torch.full_like(visual.mask.sum(1), self.budget))
+        return self.selector.select(visual, visual.mask.sum(1).clamp(max=self.budget))
 
     def layer_counts(self, layers: int, visual_tokens: int) -> list[int] | None:
         """The visual tokens that each decoder layer sees of a picture; None where all see those of ``select``."""

@@ -18,10 +18,16 @@ def load_processor(name_or_path: str, config: PreTrainedConfig) -> ProcessorMixi
 
     Args:
         config: of the model.
+
+    Raises:
+        ValueError: the processor needs a package that is missing.
     """
     kind: Any = PROCESSOR_MAPPING[type(config)]
     if is_torchvision_available() or VIDEOS not in kind.get_attributes():
-        return cast(ProcessorMixin, cast(Any, AutoProcessor).from_pretrained(name_or_path))
+        try:
+            return cast(ProcessorMixin, cast(Any, AutoProcessor).from_pretrained(name_or_path))
+        except ImportError as error:
+            raise ValueError(f"the processor of {name_or_path} needs a package that is missing: {error}") from error
     parts: dict[str, Any] = {
         "image_processor": cast(Any, AutoImageProcessor).from_pretrained(name_or_path, backend="pil"),
         "tokenizer": AutoTokenizer.from_pretrained(name_or_path),

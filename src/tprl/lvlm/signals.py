@@ -14,6 +14,12 @@ TOWER_SIGNALS = frozenset({"cls_attention", "tower_keys"})
 """The keys of ``tprl.types.SIGNALS`` that come from the vision tower."""
 
 
+def tower_signals(model: PreTrainedModel) -> frozenset[str]:
+    """Those of ``TOWER_SIGNALS`` that the model's vision tower gives: all or none."""
+    known = family_of(model).pack is not None and model.config.vision_config.model_type in TOWERS
+    return TOWER_SIGNALS if known else frozenset()
+
+
 @contextmanager
 def recorded_tower(model: PreTrainedModel, names: frozenset[str]) -> Iterator[dict[str, Tensor]]:
     """While it is open, the vision tower writes signals of its patches into the mapping that it gives.
@@ -32,7 +38,7 @@ def recorded_tower(model: PreTrainedModel, names: frozenset[str]) -> Iterator[di
         unknown = sorted(names - TOWER_SIGNALS)
         raise ValueError(f"signals {unknown} do not come from a vision tower; {sorted(TOWER_SIGNALS)} do")
     tower = cast(PreTrainedModel, model.get_submodule(family.tower))
-    if family.pack is None or tower.config.model_type not in TOWERS:
+    if not tower_signals(model):
         raise ValueError(
             f"{family.name} with the tower {tower.config.model_type!r} gives no signals, asked for {sorted(names)}; "
             f"towers that do: {', '.join(sorted(TOWERS))}"

@@ -1,6 +1,7 @@
 """The whole training: autoencoder, demonstrations, imitation, PPO, calibration."""
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -10,7 +11,7 @@ from tprl.data.sample import Source
 from tprl.demonstrations import make_teacher
 from tprl.lvlm.cache import EncodedSamples
 from tprl.lvlm.model import Lvlm
-from tprl.lvlm.signals import TOWER_SIGNALS
+from tprl.lvlm.signals import TOWER_SIGNALS, tower_signals
 from tprl.pruner import TokenPruner
 from tprl.run import RunFolder, Stage, fit
 from tprl.train import autoencoder, imitate, ppo
@@ -44,9 +45,17 @@ def train(
     """
     torch.manual_seed(config.seed)
     pruner = start or TokenPruner(shape)
-    needs = frozenset().union(*(make_teacher(name, config.seed).needs for name in config.imitate.teachers))
+    given = tower_signals(lvlm.model)
+    needed = {name: make_teacher(name, config.seed).needs & TOWER_SIGNALS for name in config.imitate.teachers}
+    if blind := [name for name, needs in needed.items() if not needs <= given]:
+        print(f"teachers left out, since {lvlm.family.name}'s tower does not give what they need: {', '.join(blind)}")
+        config = replace(
+            config,
+            imitate=replace(config.imitate, teachers=tuple(name for name in needed if name not in blind)),
+        )
+    signals = frozenset[str]().union(*(needed[name] for name in config.imitate.teachers))
     folder = cache or run.folder / "cache"
-    data = EncodedSamples(lvlm, sources[0], folder, needs & TOWER_SIGNALS)
+    data = EncodedSamples(lvlm, sources[0], folder, signals)
     held_out = EncodedSamples(lvlm, sources[1], folder)
     unpruned = unpruned_accuracy(held_out)
     makers: dict[str, Callable[[], Stage]] = {

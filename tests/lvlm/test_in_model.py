@@ -15,7 +15,7 @@ from transformers import DynamicCache, LlamaConfig, LlamaModel, StaticCache
 
 from tprl.lvlm.in_model import dropping, resumed
 from tprl.lvlm.packing import Block, make_prefix, pack
-from tprl.selectors.in_model import Dart, FastV, LayerView, PyramidDrop
+from tprl.selectors.in_model import Dart, FastV, LayerView, PyramidDrop, SparseVLM
 from tprl.types import Selection
 
 FAR, LAYERS = 1e-2, 4
@@ -307,6 +307,46 @@ def test_dart_is_shown_the_layers_own_keys_and_inputs() -> None:
     assert torch.equal(view.visual, batch.visual)
     before = torch.arange(16) <= batch.last[:, None]
     assert torch.equal(view.text, batch.real & ~batch.visual & before)
+
+
+def test_sparsevlm_sees_what_entered_the_decoder_and_puts_clusters_into_it() -> None:
+    """With budgets 2, 1 and 3 the later stages are shown what is left of the same embeddings; a cluster of the first
+    stage enters its layer in the place of its centre, and a ragged batch equals each row alone."""
+    model, batch, views = decoder(), Batch(), []
+
+    class Watched(SparseVLM):
+        def select(self, stage: int, view: LayerView, budget: Tensor) -> Selection:
+            views.append((view, selection := super().select(stage, view, budget)))
+            return selection
+
+    budgets, entering = torch.tensor([2, 1, 3]), {}
+    spy = model.layers[1].self_attn.register_forward_pre_hook(
+        lambda module, args, kwargs: entering.update(hidden=kwargs["hidden_states"]), with_kwargs=True
+    )
+    with dropping(model, Watched(), visual=batch.visual, last=batch.last, budgets=budgets) as dropped:
+        together = model(**batch.inputs()).last_hidden_state
+    spy.remove()
+    assert [kept.sum(1).tolist() for kept in dropped.kept][-1] == [2, 1, 3]
+    view, selection = views[0]
+    assert torch.equal(view.entered, batch.embeds)
+    assert selection.tokens is not None
+    changed = (selection.tokens != view.hidden).any(2)
+    assert bool(changed.any())
+    assert not bool((changed & ~selection.keep_mask).any())
+    assert bool(dropped.kept[0][changed].all())
+    held = dropped.kept[0] | ~batch.visual
+    longest = int(held.sum(1).argmax())  # the row that is not filled up
+    expected = model.layers[1].input_layernorm(selection.tokens[longest, held[longest]])
+    assert torch.equal(entering["hidden"][longest], expected)
+    for row in range(3):
+        real = batch.real[row]
+        with dropping(
+            model, SparseVLM(), visual=batch.visual[row : row + 1], last=batch.last[row : row + 1],
+            budgets=budgets[row : row + 1],
+        ):  # fmt: skip
+            inputs = {name: value[row : row + 1] for name, value in batch.inputs().items()}
+            alone = model(**inputs).last_hidden_state[0]
+        assert (together[row, real] - alone[real]).abs().max() < 1e-6
 
 
 def test_what_is_refused() -> None:

@@ -97,13 +97,14 @@ class LayerView:
     def __init__(
         self,
         layer: nn.Module,
+        entered: Tensor,
         hidden: Tensor,
         visual: Tensor,
         last: Tensor,
         rotary: tuple[Tensor, Tensor],
         mask: Tensor | None,
     ) -> None:
-        self.hidden, self.visual, self.last = hidden, visual, last
+        self.entered, self.hidden, self.visual, self.last = entered, hidden, visual, last
         self._layer, self._mask = cast(Any, layer), mask
         self._rotary = tuple(part.expand(len(hidden), -1, -1) for part in rotary)
 
@@ -163,6 +164,7 @@ class Dropping:
     budgets: list[Tensor]
     kept: list[Tensor] = field(default_factory=list)
     _held: list[_Held] = field(default_factory=list)
+    _entered: Tensor | None = None
     _prefilling: bool = True
 
     def start(self, decoder: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
@@ -188,6 +190,8 @@ class Dropping:
                 held = held.extended(int(kwargs["past_key_values"].get_seq_length()))
                 kwargs = {**kwargs, "attention_mask": held.mask(kwargs["attention_mask"], hidden.shape[1])}
             return args, kwargs
+        if number == 0:
+            self._entered = hidden
         whole, held = kwargs, self._held_at(number)
         kwargs = whole if held is None else held.shorten(whole)
         for stage in self.stages[len(self._held) :]:
@@ -203,6 +207,7 @@ class Dropping:
 
     def after(self, norm: nn.Module, args: Any) -> Any:
         """The pre-hook of the final norm: what is left goes back to its place, zeros stand between."""
+        self._entered = None
         return (self._held[-1].scatter(args[0]),) if self._prefilling else args
 
     def _held_at(self, layer: int) -> _Held | None:
@@ -212,11 +217,12 @@ class Dropping:
 
     def _choose(self, layer: nn.Module, hidden: Tensor, kwargs: dict[str, Any], held: _Held | None) -> Tensor:
         """Let the method choose by what ``layer`` shows. The hidden states, changed if it merges."""
-        number, last = len(self.kept), self.last
+        number, last, entered = len(self.kept), self.last, cast(Tensor, self._entered)
         visual = self.kept[-1] if self.kept else _padded(self.visual, hidden.shape[1])
         if held is not None:
             visual, last = held.gather(visual) & held.real, (held.index < last[:, None]).sum(1)
-        view = LayerView(layer, hidden, visual, last, kwargs["position_embeddings"], kwargs["attention_mask"])
+            entered = held.gather(entered)
+        view = LayerView(layer, entered, hidden, visual, last, kwargs["position_embeddings"], kwargs["attention_mask"])
         selection = self.method.select(number, view, self.budgets[number])
         keep = selection.keep_mask & visual
         self.kept.append(keep if held is None else held.scatter(keep))

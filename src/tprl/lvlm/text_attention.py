@@ -46,8 +46,9 @@ def _attention(scorer: AnswerScorer, prefix: Prefix, tokens: Tensor, blocks: lis
 
     def watch(module: Any, args: Any, kwargs: dict[str, Any]) -> None:
         none = torch.zeros_like(packed.visual)
-        view = LayerView(module, args[0], none, last[:1], kwargs["position_embeddings"], kwargs["attention_mask"])
-        seen.append(view.attention(last[None].to(args[0].device))[0, :, packed.visual[0]])
+        hidden, rotary = args[0], kwargs["position_embeddings"]
+        view = LayerView(module, hidden, hidden, none, last[:1], rotary, kwargs["attention_mask"])
+        seen.append(view.attention(last[None].to(hidden.device))[0, :, packed.visual[0]])
 
     hook = watched.register_forward_pre_hook(watch, with_kwargs=True)
     try:

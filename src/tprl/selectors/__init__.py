@@ -3,7 +3,7 @@
 from tprl.selectors.attention import FasterVLM, PruMergePlus, VisionZip, VisPruner
 from tprl.selectors.base import Selector
 from tprl.selectors.grid import Random, UniformGrid
-from tprl.selectors.in_model import Dart, FastV, InModel, PyramidDrop
+from tprl.selectors.in_model import Dart, FastV, InModel, PyramidDrop, SparseVLM
 from tprl.selectors.similarity import CDPruner, DivPrune
 
 __all__ = ["IN_MODEL", "SELECTORS", "InModel", "Selector", "make_selector"]
@@ -15,7 +15,7 @@ SELECTORS: dict[str, type[Selector]] = {
 """Selectors that act between projector and language model, by name."""
 
 
-IN_MODEL: dict[str, type[InModel]] = {method.name: method for method in (FastV, PyramidDrop, Dart)}
+IN_MODEL: dict[str, type[InModel]] = {method.name: method for method in (FastV, SparseVLM, PyramidDrop, Dart)}
 """Methods that act inside the language model, by name."""
 
 

@@ -15,8 +15,8 @@ import tprl
 from lvlm.test_model import processor_of
 from lvlm.tiny import Tiny, make
 from tprl.config import PrunerConfig
+from tprl.lvlm.handle import HANDLE
 from tprl.lvlm.model import Lvlm
-from tprl.lvlm.prune import HANDLE
 from tprl.lvlm.prune_inside import prune_inside
 from tprl.selectors import IN_MODEL, SELECTORS
 from tprl.selectors.in_model import FastV

@@ -5,8 +5,9 @@ from typing import Any
 from transformers import PreTrainedModel
 from transformers.processing_utils import ProcessorMixin
 
+from tprl.lvlm.cut import Positions
+from tprl.lvlm.handle import Handle, unprune
 from tprl.lvlm.model import Lvlm
-from tprl.lvlm.prune import Handle, Positions, unprune
 from tprl.lvlm.prune import prune as prune_prompt
 from tprl.lvlm.prune_inside import prune_inside
 from tprl.pruner import TokenPruner

@@ -43,7 +43,10 @@ TEMPLATE = (
 WORDS = ["<pad>", "<s>", "</s>", "<unk>", "[user]", "[assistant]", "[end]", "what", "is", "it", "?", "a", "cat", "\n"]
 
 
-def tokenizer(image_id: int, image: str = "<image>", more: dict[str, int] | None = None) -> PreTrainedTokenizerFast:
+def tokenizer(
+    image_id: int, image: str = "<image>", more: dict[str, int] | None = None, named: dict[str, str] | None = None
+) -> PreTrainedTokenizerFast:
+    """Of ``WORDS``, a placeholder for visual tokens and ``more``; ``named`` are attributes of some families."""
     vocabulary = {word: number for number, word in enumerate(WORDS)} | {image: image_id} | (more or {})
     backend = Tokenizer(WordLevel(vocabulary, unk_token="<unk>"))
     backend.pre_tokenizer = Split(" ", "removed")
@@ -51,7 +54,7 @@ def tokenizer(image_id: int, image: str = "<image>", more: dict[str, int] | None
     extra = [image, *(more or {})]
     return PreTrainedTokenizerFast(
         tokenizer_object=backend, pad_token="<pad>", bos_token="<s>", eos_token="</s>", unk_token="<unk>",
-        additional_special_tokens=extra,
+        additional_special_tokens=extra, model_specific_special_tokens=named or {},
     )  # fmt: skip
 
 
@@ -93,10 +96,8 @@ def processor_of(name: str) -> ProcessorMixin:
         )  # fmt: skip
     if name == "gemma3":
         marks = {"<start_of_image>": 50, "<end_of_image>": 51, "\n\n": 52}
-        words = tokenizer(60, "<image_soft_token>", marks)
-        words.image_token, words.image_token_id = "<image_soft_token>", 60
-        words.boi_token, words.boi_token_id = "<start_of_image>", 50
-        words.eoi_token = "<end_of_image>"
+        named = {"image_token": "<image_soft_token>", "boi_token": "<start_of_image>", "eoi_token": "<end_of_image>"}
+        words = tokenizer(60, "<image_soft_token>", marks, named)
         images = Gemma3ImageProcessorPil(size=size(24))
         return Gemma3Processor(images, words, chat_template=template, image_seq_length=9)
     if name == "paligemma":
@@ -112,10 +113,9 @@ def processor_of(name: str) -> ProcessorMixin:
         return without_videos(QWEN[name])(images, words, None, chat_template=template)
     if name == "internvl":
         template = TEMPLATE.replace("PICTURE", "<IMG_CONTEXT>")
-        words = tokenizer(60, "<IMG_CONTEXT>", {"<img>": 50, "</img>": 51, "<video>": 61})
-        words.start_image_token, words.end_image_token, words.context_image_token = "<img>", "</img>", "<IMG_CONTEXT>"
-        words.start_image_token_id, words.end_image_token_id, words.context_image_token_id = 50, 51, 60
-        words.video_token = "<video>"
+        named = {"start_image_token": "<img>", "end_image_token": "</img>", "context_image_token": "<IMG_CONTEXT>"}
+        marks = {"<img>": 50, "</img>": 51, "<video>": 61}
+        words = tokenizer(60, "<IMG_CONTEXT>", marks, named | {"video_token": "<video>"})
         images = GotOcr2ImageProcessorPil(size=size(24), max_patches=2)
         return without_videos(InternVLProcessor)(images, words, None, image_seq_length=9, chat_template=template)
     if name == "llava_onevision":

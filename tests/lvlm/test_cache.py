@@ -1,11 +1,14 @@
 """Cached pictures, and how right the model's answers are."""
 
+from pathlib import Path
+
 import pytest
 import torch
 
 from evaluate.world import World, tiny_lvlm
 from tprl.data.sample import Source
 from tprl.evaluate.latency import prompt_inputs
+from tprl.lvlm import cache
 from tprl.lvlm.cache import EncodedSamples
 from tprl.lvlm.model import Lvlm
 from tprl.scoring import score
@@ -67,3 +70,36 @@ def test_a_second_cache_reads_what_the_first_wrote(lvlm: Lvlm, encoded: EncodedS
     again = EncodedSamples(lvlm_without_tower, encoded.source, encoded.folder.parent, encoded.signals)
     assert again.folder == encoded.folder
     torch.testing.assert_close(again.features("3").tokens, encoded.features("3").tokens)
+
+
+def test_shards_are_closed_once_full_and_an_interrupted_build_goes_on(
+    lvlm: Lvlm, encoded: EncodedSamples, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Twenty pictures in batches of four, and a shard is full after five: each holds eight."""
+    monkeypatch.setattr(cache, "ENCODE_BATCH", 4)
+    monkeypatch.setattr(cache, "SHARD_BYTES", 5 * (16 * 16 * 4 + 16 * 2 * 4))
+    whole = EncodedSamples(lvlm, World(20), tmp_path / "whole")
+    names = [f"tokens-{number:05d}.safetensors" for number in range(3)]
+    assert sorted(path.name for path in whole.folder.iterdir()) == names
+    counting = Lvlm(lvlm.model, lvlm.processor)
+    batches: list[int] = []
+    monkeypatch.setattr(
+        counting, "encode_images", lambda images, signals: (batches.append(len(images)), lvlm.encode_images(images))[1]
+    )
+    (whole.folder / names[1]).unlink()
+    again = EncodedSamples(counting, World(20), tmp_path / "whole")
+    assert batches == [4, 4]
+    for image_id in whole.image_ids:
+        torch.testing.assert_close(again.features(image_id).tokens, whole.features(image_id).tokens)
+        direct = lvlm.encode_images([again.source.image(image_id)])[0]
+        torch.testing.assert_close(again.features(image_id).tokens, direct.tokens)
+
+
+def test_another_processor_makes_another_cache(lvlm: Lvlm, encoded: EncodedSamples) -> None:
+    images = lvlm.processor.image_processor
+    mean, images.image_mean = images.image_mean, [0.0, 0.0, 0.0]
+    try:
+        other = EncodedSamples(lvlm, encoded.source, encoded.folder.parent, encoded.signals)
+    finally:
+        images.image_mean = mean
+    assert other.folder != encoded.folder

@@ -17,7 +17,8 @@ from transformers import DynamicCache, GenerationMixin, LlamaConfig, LlamaForCau
 
 from lvlm.tiny import IMAGE, NAMES, PAD, Prompt, Tiny, make
 from tprl.lvlm import prune as pruning_module
-from tprl.lvlm.prune import HANDLE, Pruning, prune, unprune
+from tprl.lvlm.handle import HANDLE, unprune
+from tprl.lvlm.prune import Pruning, prune
 from tprl.types import Selection, VisualTokens
 
 BATCH: tuple[Prompt, ...] = ([2, "I", 4], [1, "I", 1, "I", 5], [6])

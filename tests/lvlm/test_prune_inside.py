@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 
 from lvlm.test_prune import BATCH, FAR, gap, generated, second_turn, state
 from lvlm.tiny import IMAGE, NAMES, Prompt, Tiny, make
-from tprl.lvlm.prune import HANDLE, unprune
+from tprl.lvlm.handle import HANDLE, unprune
 from tprl.lvlm.prune_inside import InsidePruning, prune_inside
 from tprl.selectors.in_model import FastV
 

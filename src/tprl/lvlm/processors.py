@@ -23,19 +23,19 @@ def load_processor(name_or_path: str, config: PreTrainedConfig) -> ProcessorMixi
         ValueError: the processor needs a package that is missing.
     """
     kind: Any = PROCESSOR_MAPPING[type(config)]
-    if is_torchvision_available() or VIDEOS not in kind.get_attributes():
-        try:
+    try:
+        if is_torchvision_available() or VIDEOS not in kind.get_attributes():
             return cast(ProcessorMixin, cast(Any, AutoProcessor).from_pretrained(name_or_path))
-        except ImportError as error:
-            raise ValueError(f"the processor of {name_or_path} needs a package that is missing: {error}") from error
-    parts: dict[str, Any] = {
-        "image_processor": cast(Any, AutoImageProcessor).from_pretrained(name_or_path, backend="pil"),
-        "tokenizer": AutoTokenizer.from_pretrained(name_or_path),
-        VIDEOS: None,
-    }
-    settings, _ = kind.get_processor_dict(name_or_path)
-    pictures = without_videos(kind)
-    return cast(ProcessorMixin, pictures.from_args_and_dict([parts[name] for name in kind.get_attributes()], settings))
+        parts: dict[str, Any] = {
+            "image_processor": cast(Any, AutoImageProcessor).from_pretrained(name_or_path, backend="pil"),
+            "tokenizer": AutoTokenizer.from_pretrained(name_or_path),
+            VIDEOS: None,
+        }
+        settings, _ = kind.get_processor_dict(name_or_path)
+        ordered = [parts[name] for name in kind.get_attributes()]
+        return cast(ProcessorMixin, without_videos(kind).from_args_and_dict(ordered, settings))
+    except ImportError as error:
+        raise ValueError(f"the processor of {name_or_path} needs a package that is missing: {error}") from error
 
 
 def without_videos(kind: Any) -> Any:

@@ -1,18 +1,15 @@
 """Pruning inside a model of transformers: the prompt is shortened before the language model sees it.
 
-Three methods of the instance are replaced, none of its classes: ``forward`` and ``_expand_inputs_for_generation`` make
-the cut once the pictures are encoded, ``generate`` keeps lengths and the returned prompt as they were. Positions,
-masks and caches are then those of an ordinary, shorter prompt, except that by default every token keeps the position
-id that it had (``positions="original"``), so that the pruned model computes exactly what the whole one would compute
-if nobody could attend to the dropped tokens.
+Three methods of the instance are replaced: ``forward`` and ``_expand_inputs_for_generation`` make the cut once the
+pictures are encoded, ``generate`` keeps lengths and the returned prompt as they were. Positions, masks and caches are
+then those of an ordinary, shorter prompt, except that by default every token keeps the position id that it had
+(``positions="original"``), so that the pruned model computes exactly what the whole one would compute if nobody could
+attend to the dropped tokens.
 """
 
-import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from functools import wraps
-from types import MethodType, TracebackType
-from typing import Any, Literal, Protocol, Self, cast
+from typing import Any, Protocol, cast
 
 import torch
 from torch import Tensor
@@ -20,17 +17,12 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import Cache, PreTrainedModel
 from transformers.utils.generic import ModelOutput
 
+from tprl.lvlm.cut import Choice, Cut, Positions, contained, cut_features, cut_of, shortened
 from tprl.lvlm.families import family_of
+from tprl.lvlm.handle import Handle, check_amount, kept_of, named, refuse, samples_of
 from tprl.lvlm.model import ImageFeatures, collate, encode, split_pictures
 from tprl.lvlm.signals import recorded_tower
 from tprl.types import Selection, VisualTokens
-
-Positions = Literal["original", "compact"]
-HANDLE = "_tprl_pruning"
-"""Name of the attribute of a pruned model that holds its ``Pruning``."""
-
-_ALIGNED = {"labels": -100, "token_type_ids": 0, "mm_token_type_ids": 0}
-"""Inputs with one entry a token besides ids, mask and positions, and what stands for padding in them."""
 
 
 class Selects(Protocol):
@@ -39,97 +31,6 @@ class Selects(Protocol):
     needs: frozenset[str]
 
     def select(self, visual: VisualTokens, budget: Tensor) -> Selection: ...
-
-
-@dataclass(frozen=True)
-class Kept:
-    """What was kept of one picture.
-
-    Attributes:
-        indices: int64 ``(k,)``, ascending, of the picture's visual tokens.
-        coords: float32 ``(k, 2)``, row and column of the kept tokens' centres in the picture, in [0, 1].
-        total: how many visual tokens the picture has.
-    """
-
-    indices: Tensor
-    coords: Tensor
-    total: int
-
-    @property
-    def count(self) -> int:
-        return len(self.indices)
-
-
-@dataclass(frozen=True)
-class Cut:
-    """How a batch of prompts was shortened.
-
-    Attributes:
-        index: int64 ``(B, L')``, the column of the whole prompt that each column of the short one comes from.
-        mask: bool ``(B, L')``, True where a column is not padding.
-        length: ``L``, of the whole prompt.
-    """
-
-    index: Tensor
-    mask: Tensor
-    length: int
-
-    @property
-    def source(self) -> Tensor:
-        """``index`` with -1 where the short prompt is padding."""
-        return self.index.masked_fill(~self.mask, -1)
-
-    def extended(self, length: int) -> "Cut":
-        """The cut of a longer prompt that begins with this one; nothing of its continuation is dropped."""
-        more = torch.arange(self.length, length, device=self.index.device).expand(len(self.index), -1)
-        return Cut(torch.cat([self.index, more], 1), torch.cat([self.mask, torch.ones_like(more).bool()], 1), length)
-
-    def repeated(self, times: int) -> "Cut":
-        return Cut(self.index.repeat_interleave(times, 0), self.mask.repeat_interleave(times, 0), self.length)
-
-
-@dataclass(frozen=True)
-class _Past:
-    """What stands in a cache: the cut of its prompt, and the position ids ``(..., B, 1)`` of the token behind it."""
-
-    cut: Cut
-    next_position: Tensor
-
-
-class Handle:
-    """The state of a pruned model. As a context manager it un-prunes the model on leaving.
-
-    Attributes:
-        kept: what was kept in the last call that had pictures: for each sample, a ``Kept`` a picture.
-        replacements: methods of the model and what stands in their place.
-    """
-
-    def __init__(self, model: PreTrainedModel, replacements: Mapping[str, Callable[..., Any]]) -> None:
-        self.kept: list[list[Kept]] = []
-        self.replacements = replacements
-        self.replaced: dict[str, Any] = {name: model.__dict__[name] for name in replacements if name in model.__dict__}
-        self._model = model
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        unprune(self._model)
-
-    def original(self, name: str) -> Callable[..., Any]:
-        """The method of the model that was replaced."""
-        if name in self.replaced:
-            return cast(Callable[..., Any], self.replaced[name])
-        return cast(Callable[..., Any], MethodType(getattr(type(self._model), name), self._model))
-
-    def attach(self) -> None:
-        """Put the replacements in their places."""
-        for name, replacement in self.replacements.items():
-            method = MethodType(_with_signature(replacement, self.original(name)), self._model)
-            setattr(self._model, name, method)
-        setattr(self._model, HANDLE, self)
 
 
 class Pruning(Handle):
@@ -179,28 +80,6 @@ class Pruning(Handle):
         return selection
 
 
-@dataclass
-class _Generation:
-    """A call of ``generate`` on its way: its inputs, what the tower recorded and what its cache holds; then the cut,
-    with one row a returned sequence or beam, and the position ids of the short prompt."""
-
-    inputs: Mapping[str, Any]
-    patches: Mapping[str, Tensor]
-    past: _Past | None
-    cut: Cut | None = None
-    position_ids: Tensor | None = None
-
-
-@dataclass(frozen=True)
-class _Choice:
-    """What to keep of the visual tokens of a batch, all pictures one after the other: bool ``keep (T,)``, their values
-    ``(T, D)``, and how many each sample has."""
-
-    keep: Tensor
-    tokens: Tensor
-    counts: list[int]
-
-
 def prune(
     model: PreTrainedModel,
     selector: Selects,
@@ -243,50 +122,24 @@ def prune(
     return pruning
 
 
-def check_amount(model: PreTrainedModel, given: Mapping[str, float | None]) -> None:
-    """Raise ValueError unless ``model`` can be pruned and exactly one of the amounts ``given`` is given and allowed."""
-    family_of(model)
-    if HANDLE in model.__dict__:
-        raise ValueError("the model is pruned already; unprune it first")
-    chosen = {name: value for name, value in given.items() if value is not None}
-    if len(chosen) != 1:
-        names = list(given)
-        raise ValueError(
-            f"give exactly one of {', '.join(names[:-1])} and {names[-1]}; got {', '.join(chosen) or 'none'}"
-        )
-    if chosen.get("budget", 1) < 1:
-        raise ValueError(f"budget {chosen['budget']} is not allowed; at least 1")
-    if not 0 < chosen.get("keep_ratio", 1) <= 1:
-        raise ValueError(f"keep_ratio {chosen['keep_ratio']} is not allowed; more than 0 and at most 1")
-    if not 0 <= chosen.get("threshold", 0) <= 1:
-        raise ValueError(f"threshold {chosen['threshold']} is not allowed; 0 to 1")
+@dataclass(frozen=True)
+class _Past:
+    """What stands in a cache: the cut of its prompt, and the position ids ``(..., B, 1)`` of the token behind it."""
+
+    cut: Cut
+    next_position: Tensor
 
 
-def unprune(model: PreTrainedModel) -> None:
-    """Leave ``model`` as it was before ``prune``; nothing to do if it is not pruned."""
-    pruning = model.__dict__.get(HANDLE)
-    if pruning is None:
-        return
-    for name in pruning.replacements:
-        delattr(model, name)
-        if name in pruning.replaced:
-            setattr(model, name, pruning.replaced[name])
-    delattr(model, HANDLE)
+@dataclass
+class _Generation:
+    """A call of ``generate`` on its way: its inputs, what the tower recorded and what its cache holds; then the cut,
+    with one row a returned sequence or beam, and the position ids of the short prompt."""
 
-
-def _with_signature(replacement: Callable[..., Any], original: Callable[..., Any]) -> Callable[..., Any]:
-    """A fresh ``replacement`` that reads like the bound method ``original``, whose signature ``generate`` inspects."""
-
-    @wraps(original)
-    def method(self: PreTrainedModel, *args: Any, **kwargs: Any) -> Any:
-        return replacement(self, self.__dict__[HANDLE], *args, **kwargs)
-
-    signature = inspect.signature(original)
-    first = inspect.Parameter("self", inspect.Parameter.POSITIONAL_OR_KEYWORD)
-    parameters = [first, *signature.parameters.values()]
-    method.__signature__ = signature.replace(parameters=parameters)  # type: ignore[attr-defined]
-    del method.__wrapped__
-    return method
+    inputs: Mapping[str, Any]
+    patches: Mapping[str, Tensor]
+    past: _Past | None
+    cut: Cut | None = None
+    position_ids: Tensor | None = None
 
 
 def _forward(model: PreTrainedModel, pruning: Pruning, *args: Any, **kwargs: Any) -> Any:
@@ -311,10 +164,10 @@ def _forward(model: PreTrainedModel, pruning: Pruning, *args: Any, **kwargs: Any
             position_ids = position_ids + family_of(model).first_position
         inputs["position_ids"] = position_ids
     mask = inputs.get("attention_mask")
-    cut = _cut_of(model, inputs, choice, right=mask is not None and not bool(mask[:, -1].all()))
-    short = _shortened(model, pruning, inputs, cut)
-    features = _cut_features(model, output, choice)
-    features["pooler_output"] = _contained(model, features["pooler_output"])
+    cut = cut_of(model, inputs, choice, right=mask is not None and not bool(mask[:, -1].all()))
+    short = shortened(model, inputs, cut, pruning.positions)
+    features = cut_features(output, choice)
+    features["pooler_output"] = contained(model, features["pooler_output"])
     result = original(**short, mm_encoder_outputs={"image": type(output)(**features)})
     pruning.cut = cut
     caches = result.values() if isinstance(result, ModelOutput) else result
@@ -343,20 +196,20 @@ def _expand(
         pictures = split_pictures(model, inputs, output.pooler_output, generation.patches)
         choice = _choose(model, pruning, pictures, inputs)
         if choice is not None:
-            cut = _cut_of(model, inputs, choice)
-            features = _cut_features(model, output, choice)
+            cut = cut_of(model, inputs, choice)
+            features = cut_features(output, choice)
             kwargs["mm_encoder_outputs"] = {"image": type(output)(**features)}
     elif generation.past is not None:
         cut = generation.past.cut.extended(kwargs["position_ids"].shape[-1])
     if cut is not None:
-        short = _shortened(model, pruning, {**kwargs, "input_ids": input_ids}, cut)
+        short = shortened(model, {**kwargs, "input_ids": input_ids}, cut, pruning.positions)
         input_ids = short.pop("input_ids")
         kwargs = short
     input_ids, kwargs = original(expand_size, is_encoder_decoder, input_ids, **kwargs)
     if cut is not None:
         if output is not None:
             encoded = kwargs["mm_encoder_outputs"]["image"]
-            encoded["pooler_output"] = _contained(model, encoded["pooler_output"])
+            encoded["pooler_output"] = contained(model, encoded["pooler_output"])
             pruning.cut = cut
         generation.cut, generation.position_ids = cut.repeated(expand_size), kwargs["position_ids"]
     return input_ids, kwargs
@@ -411,55 +264,9 @@ _REPLACEMENTS: dict[str, Callable[..., Any]] = {
 }
 
 
-def named(method: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
-    """The arguments of a call by name, without those that are None."""
-    arguments = inspect.signature(method).bind(*args, **kwargs).arguments
-    named = {**arguments, **arguments.pop("kwargs", {})}
-    return {name: value for name, value in named.items() if value is not None and name != "kwargs"}
-
-
-def refuse(inputs: Mapping[str, Any]) -> None:
-    """Raise ValueError for what a call with pictures cannot be cut by."""
-    if "pixel_values_videos" in inputs:
-        raise ValueError("a pruned model does not take videos; unprune it, or give pictures")
-    if "inputs_embeds" in inputs or "input_ids" not in inputs:
-        raise ValueError("a pruned model needs input_ids, to know which tokens are visual")
-    mask = inputs.get("attention_mask")
-    if mask is not None and not (isinstance(mask, Tensor) and mask.ndim == 2):
-        raise ValueError("a pruned model wants an attention_mask of shape (B, L)")
-    if isinstance(inputs.get("logits_to_keep"), Tensor):
-        raise ValueError("a pruned model takes logits_to_keep as a number, since the prompt becomes shorter")
-    cache = inputs.get("past_key_values")
-    if cache is not None and int(cache.get_seq_length()) > 0:
-        raise ValueError("a pruned model does not take new pictures on a filled cache; start again without the cache")
-
-
-def samples_of(pictures: list[ImageFeatures], placeholder: Tensor) -> Tensor:
-    """The row of ``placeholder (B, L)`` in which each picture stands, int64 on the CPU.
-
-    Raises:
-        ValueError: the pictures have more or fewer visual tokens than the rows.
-    """
-    ends = placeholder.sum(1).cumsum(0).cpu()
-    sizes = torch.tensor([len(picture.tokens) for picture in pictures])
-    if int(sizes.sum()) != int(ends[-1]):
-        raise ValueError(f"the pictures have {int(sizes.sum())} visual tokens, the prompts hold {int(ends[-1])}")
-    return torch.searchsorted(ends, sizes.cumsum(0))
-
-
-def kept_of(pictures: list[ImageFeatures], sample: Tensor, batch: int, keep: Tensor) -> list[list[Kept]]:
-    """What bool ``keep (T,)``, all pictures one after the other, says of the pictures of each of ``batch`` samples."""
-    kept: list[list[Kept]] = [[] for _ in range(batch)]
-    flags = torch.split(keep, [len(picture.tokens) for picture in pictures])
-    for number, picture, flag in zip(sample.tolist(), pictures, flags, strict=True):
-        indices = flag.nonzero()[:, 0]
-        kept[number].append(Kept(indices, picture.coords[indices], len(picture.tokens)))
-    return kept
-
-
 def _choose(
     model: PreTrainedModel, pruning: Pruning, pictures: list[ImageFeatures], inputs: Mapping[str, Any]
-) -> _Choice | None:
+) -> Choice | None:
     """Ask the selector about all pictures of a batch; None if nothing is dropped or changed."""
     ids = inputs["input_ids"]
     placeholder = ids == model.config.image_token_id
@@ -481,73 +288,13 @@ def _choose(
     if selection.tokens is None and bool(keep.all()):
         return None
     tokens = visual.tokens if selection.tokens is None else selection.tokens.to(visual.tokens.dtype)
-    return _Choice(keep, tokens[visual.mask], counts)
+    return Choice(keep, tokens[visual.mask], counts)
 
 
 def _no_question(model: PreTrainedModel, pruning: Pruning) -> list[int]:
     """Ids that are no part of a question."""
     video = [model.config.video_token_id] if hasattr(model.config, "video_token_id") else []
     return sorted(pruning.template_ids) + video
-
-
-def _cut_of(model: PreTrainedModel, inputs: Mapping[str, Any], choice: _Choice, right: bool = False) -> Cut:
-    """Kept tokens in their order, padded to the longest row on the left, or on the ``right``."""
-    ids = inputs["input_ids"]
-    keep = torch.ones_like(ids, dtype=torch.bool)
-    keep[ids == model.config.image_token_id] = choice.keep.to(ids.device)
-    if (mask := inputs.get("attention_mask")) is not None:
-        keep &= mask.bool()
-    longest = int(keep.sum(1).max())
-    if right:
-        index = keep.int().argsort(dim=1, descending=True, stable=True)[:, :longest]
-    else:
-        index = keep.int().argsort(dim=1, stable=True)[:, -longest:]
-    return Cut(index, keep.gather(1, index), ids.shape[1])
-
-
-def _shortened(model: PreTrainedModel, pruning: Pruning, inputs: Mapping[str, Any], cut: Cut) -> dict[str, Any]:
-    """The inputs of the short prompt, without those that describe pictures."""
-    short = {name: value for name, value in inputs.items() if name not in family_of(model).vision_inputs}
-    pad = model.generation_config.pad_token_id or 0
-    for name, filler in {**_ALIGNED, "input_ids": pad}.items():
-        if isinstance(value := short.get(name), Tensor) and value.shape[1] == cut.length:
-            short[name] = value.gather(1, cut.index).masked_fill(~cut.mask, filler)
-    mask = short.get("attention_mask")
-    attended = cut.mask if mask is None else mask.bool().gather(1, cut.index) & cut.mask
-    short["attention_mask"] = attended.long() if mask is None else attended.to(mask.dtype)
-    short["position_ids"] = _cut_positions(short["position_ids"], cut, pruning.positions)
-    return short
-
-
-def _cut_positions(position_ids: Tensor, cut: Cut, positions: Positions) -> Tensor:
-    """Position ids ``(..., B, L)`` of the short prompt; where there are four rows the first is that of the text, which
-    masks are made by, and never has gaps."""
-    index = cut.index.expand(*position_ids.shape[:-2], -1, -1)
-    gathered = position_ids.expand(*index.shape[:-1], -1).gather(-1, index)
-    counted = cut.mask.long().cumsum(-1) - 1
-    if positions == "compact":
-        first = gathered.masked_fill(~cut.mask, gathered.max() + 1).amin(-1, keepdim=True)
-        gathered = counted + first
-    elif position_ids.ndim == 3 and len(position_ids) == 4:
-        gathered = torch.cat([counted[None], gathered[1:]])
-    return gathered.masked_fill(~cut.mask, 0)
-
-
-def _cut_features(model: PreTrainedModel, output: Any, choice: _Choice) -> dict[str, Any]:
-    """The kept features, one entry a sample, and those of the deeper layers that some models add."""
-    keep = choice.keep
-    counts = [int(part.sum()) for part in torch.split(keep, choice.counts)]
-    features: dict[str, Any] = {"pooler_output": list(torch.split(choice.tokens[keep], counts))}
-    deep = output.get("deepstack_features")
-    if deep is not None:
-        features["deepstack_features"] = [list(torch.split(torch.cat(list(layer))[keep], counts)) for layer in deep]
-    return features
-
-
-def _contained(model: PreTrainedModel, entries: list[Tensor]) -> Any:
-    """One entry a sample, in the container that the model wants."""
-    container = family_of(model).container
-    return torch.cat(entries)[None] if container is Tensor else container(entries)
 
 
 def _remember(cache: Cache, cut: Cut, position_ids: Tensor) -> None:

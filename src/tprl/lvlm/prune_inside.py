@@ -14,9 +14,9 @@ from torch import Tensor
 from transformers import Cache, PreTrainedModel
 from transformers.utils.generic import ModelOutput
 
+from tprl.lvlm.handle import Handle, check_amount, kept_of, named, refuse, samples_of
 from tprl.lvlm.in_model import Dropping, dropping, resumed
 from tprl.lvlm.model import ImageFeatures, encode, split_pictures
-from tprl.lvlm.prune import Handle, check_amount, kept_of, named, refuse, samples_of
 from tprl.selectors.in_model import InModel
 
 

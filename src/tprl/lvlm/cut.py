@@ -1,0 +1,114 @@
+"""Shortening prompts to the visual tokens that were chosen: what becomes of positions, masks and features."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from tprl.lvlm.families import family_of
+
+Positions = Literal["original", "compact"]
+
+_ALIGNED = {"labels": -100, "token_type_ids": 0, "mm_token_type_ids": 0}
+"""Inputs with one entry a token besides ids, mask and positions, and what stands for padding in them."""
+
+
+@dataclass(frozen=True)
+class Cut:
+    """How a batch of prompts was shortened.
+
+    Attributes:
+        index: int64 ``(B, L')``, the column of the whole prompt that each column of the short one comes from.
+        mask: bool ``(B, L')``, True where a column is not padding.
+        length: ``L``, of the whole prompt.
+    """
+
+    index: Tensor
+    mask: Tensor
+    length: int
+
+    @property
+    def source(self) -> Tensor:
+        """``index`` with -1 where the short prompt is padding."""
+        return self.index.masked_fill(~self.mask, -1)
+
+    def extended(self, length: int) -> "Cut":
+        """The cut of a longer prompt that begins with this one; nothing of its continuation is dropped."""
+        more = torch.arange(self.length, length, device=self.index.device).expand(len(self.index), -1)
+        return Cut(torch.cat([self.index, more], 1), torch.cat([self.mask, torch.ones_like(more).bool()], 1), length)
+
+    def repeated(self, times: int) -> "Cut":
+        return Cut(self.index.repeat_interleave(times, 0), self.mask.repeat_interleave(times, 0), self.length)
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What to keep of the visual tokens of a batch, all pictures one after the other: bool ``keep (T,)``, their values
+    ``(T, D)``, and how many each sample has."""
+
+    keep: Tensor
+    tokens: Tensor
+    counts: list[int]
+
+
+def cut_of(model: PreTrainedModel, inputs: Mapping[str, Any], choice: Choice, right: bool = False) -> Cut:
+    """Kept tokens in their order, padded to the longest row on the left, or on the ``right``."""
+    ids = inputs["input_ids"]
+    keep = torch.ones_like(ids, dtype=torch.bool)
+    keep[ids == model.config.image_token_id] = choice.keep.to(ids.device)
+    if (mask := inputs.get("attention_mask")) is not None:
+        keep &= mask.bool()
+    longest = int(keep.sum(1).max())
+    if right:
+        index = keep.int().argsort(dim=1, descending=True, stable=True)[:, :longest]
+    else:
+        index = keep.int().argsort(dim=1, stable=True)[:, -longest:]
+    return Cut(index, keep.gather(1, index), ids.shape[1])
+
+
+def shortened(model: PreTrainedModel, inputs: Mapping[str, Any], cut: Cut, positions: Positions) -> dict[str, Any]:
+    """The inputs of the short prompt, without those that describe pictures."""
+    short = {name: value for name, value in inputs.items() if name not in family_of(model).vision_inputs}
+    pad = model.generation_config.pad_token_id or 0
+    for name, filler in {**_ALIGNED, "input_ids": pad}.items():
+        if isinstance(value := short.get(name), Tensor) and value.shape[1] == cut.length:
+            short[name] = value.gather(1, cut.index).masked_fill(~cut.mask, filler)
+    mask = short.get("attention_mask")
+    attended = cut.mask if mask is None else mask.bool().gather(1, cut.index) & cut.mask
+    short["attention_mask"] = attended.long() if mask is None else attended.to(mask.dtype)
+    short["position_ids"] = _cut_positions(short["position_ids"], cut, positions)
+    return short
+
+
+def _cut_positions(position_ids: Tensor, cut: Cut, positions: Positions) -> Tensor:
+    """Position ids ``(..., B, L)`` of the short prompt; where there are four rows the first is that of the text, which
+    masks are made by, and never has gaps."""
+    index = cut.index.expand(*position_ids.shape[:-2], -1, -1)
+    gathered = position_ids.expand(*index.shape[:-1], -1).gather(-1, index)
+    counted = cut.mask.long().cumsum(-1) - 1
+    if positions == "compact":
+        first = gathered.masked_fill(~cut.mask, gathered.max() + 1).amin(-1, keepdim=True)
+        gathered = counted + first
+    elif position_ids.ndim == 3 and len(position_ids) == 4:
+        gathered = torch.cat([counted[None], gathered[1:]])
+    return gathered.masked_fill(~cut.mask, 0)
+
+
+def cut_features(output: Any, choice: Choice) -> dict[str, Any]:
+    """The kept features, one entry a sample, and those of the deeper layers that some models add."""
+    keep = choice.keep
+    counts = [int(part.sum()) for part in torch.split(keep, choice.counts)]
+    features: dict[str, Any] = {"pooler_output": list(torch.split(choice.tokens[keep], counts))}
+    deep = output.get("deepstack_features")
+    if deep is not None:
+        features["deepstack_features"] = [list(torch.split(torch.cat(list(layer))[keep], counts)) for layer in deep]
+    return features
+
+
+def contained(model: PreTrainedModel, entries: list[Tensor]) -> Any:
+    """One entry a sample, in the container that the model wants."""
+    container = family_of(model).container
+    return torch.cat(entries)[None] if container is Tensor else container(entries)

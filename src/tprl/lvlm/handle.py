@@ -1,0 +1,168 @@
+"""What the ways of pruning a model of transformers share: the handle that undoes them and tells what was kept.
+
+Methods of the *instance* are replaced, none of its classes.
+"""
+
+import inspect
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import wraps
+from types import MethodType, TracebackType
+from typing import Any, Self, cast
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from tprl.lvlm.families import family_of
+from tprl.lvlm.model import ImageFeatures
+
+HANDLE = "_tprl_pruning"
+"""Name of the attribute of a pruned model that holds its ``Handle``."""
+
+
+@dataclass(frozen=True)
+class Kept:
+    """What was kept of one picture.
+
+    Attributes:
+        indices: int64 ``(k,)``, ascending, of the picture's visual tokens.
+        coords: float32 ``(k, 2)``, row and column of the kept tokens' centres in the picture, in [0, 1].
+        total: how many visual tokens the picture has.
+    """
+
+    indices: Tensor
+    coords: Tensor
+    total: int
+
+    @property
+    def count(self) -> int:
+        return len(self.indices)
+
+
+class Handle:
+    """The state of a pruned model. As a context manager it un-prunes the model on leaving.
+
+    Attributes:
+        kept: what was kept in the last call that had pictures: for each sample, a ``Kept`` a picture.
+        replacements: methods of the model and what stands in their place.
+    """
+
+    def __init__(self, model: PreTrainedModel, replacements: Mapping[str, Callable[..., Any]]) -> None:
+        self.kept: list[list[Kept]] = []
+        self.replacements = replacements
+        self.replaced: dict[str, Any] = {name: model.__dict__[name] for name in replacements if name in model.__dict__}
+        self._model = model
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        unprune(self._model)
+
+    def original(self, name: str) -> Callable[..., Any]:
+        """The method of the model that was replaced."""
+        if name in self.replaced:
+            return cast(Callable[..., Any], self.replaced[name])
+        return cast(Callable[..., Any], MethodType(getattr(type(self._model), name), self._model))
+
+    def attach(self) -> None:
+        """Put the replacements in their places."""
+        for name, replacement in self.replacements.items():
+            method = MethodType(_with_signature(replacement, self.original(name)), self._model)
+            setattr(self._model, name, method)
+        setattr(self._model, HANDLE, self)
+
+
+def check_amount(model: PreTrainedModel, given: Mapping[str, float | None]) -> None:
+    """Raise ValueError unless ``model`` can be pruned and exactly one of the amounts ``given`` is given and allowed."""
+    family_of(model)
+    if HANDLE in model.__dict__:
+        raise ValueError("the model is pruned already; unprune it first")
+    chosen = {name: value for name, value in given.items() if value is not None}
+    if len(chosen) != 1:
+        names = list(given)
+        raise ValueError(
+            f"give exactly one of {', '.join(names[:-1])} and {names[-1]}; got {', '.join(chosen) or 'none'}"
+        )
+    if chosen.get("budget", 1) < 1:
+        raise ValueError(f"budget {chosen['budget']} is not allowed; at least 1")
+    if not 0 < chosen.get("keep_ratio", 1) <= 1:
+        raise ValueError(f"keep_ratio {chosen['keep_ratio']} is not allowed; more than 0 and at most 1")
+    if not 0 <= chosen.get("threshold", 0) <= 1:
+        raise ValueError(f"threshold {chosen['threshold']} is not allowed; 0 to 1")
+
+
+def unprune(model: PreTrainedModel) -> None:
+    """Leave ``model`` as it was before ``prune``; nothing to do if it is not pruned."""
+    pruning = model.__dict__.get(HANDLE)
+    if pruning is None:
+        return
+    for name in pruning.replacements:
+        delattr(model, name)
+        if name in pruning.replaced:
+            setattr(model, name, pruning.replaced[name])
+    delattr(model, HANDLE)
+
+
+def _with_signature(replacement: Callable[..., Any], original: Callable[..., Any]) -> Callable[..., Any]:
+    """A fresh ``replacement`` that reads like the bound method ``original``, whose signature ``generate`` inspects."""
+
+    @wraps(original)
+    def method(self: PreTrainedModel, *args: Any, **kwargs: Any) -> Any:
+        return replacement(self, self.__dict__[HANDLE], *args, **kwargs)
+
+    signature = inspect.signature(original)
+    first = inspect.Parameter("self", inspect.Parameter.POSITIONAL_OR_KEYWORD)
+    parameters = [first, *signature.parameters.values()]
+    method.__signature__ = signature.replace(parameters=parameters)  # type: ignore[attr-defined]
+    del method.__wrapped__
+    return method
+
+
+def named(method: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    """The arguments of a call by name, without those that are None."""
+    arguments = inspect.signature(method).bind(*args, **kwargs).arguments
+    named = {**arguments, **arguments.pop("kwargs", {})}
+    return {name: value for name, value in named.items() if value is not None and name != "kwargs"}
+
+
+def refuse(inputs: Mapping[str, Any]) -> None:
+    """Raise ValueError for what a call with pictures cannot be cut by."""
+    if "pixel_values_videos" in inputs:
+        raise ValueError("a pruned model does not take videos; unprune it, or give pictures")
+    if "inputs_embeds" in inputs or "input_ids" not in inputs:
+        raise ValueError("a pruned model needs input_ids, to know which tokens are visual")
+    mask = inputs.get("attention_mask")
+    if mask is not None and not (isinstance(mask, Tensor) and mask.ndim == 2):
+        raise ValueError("a pruned model wants an attention_mask of shape (B, L)")
+    if isinstance(inputs.get("logits_to_keep"), Tensor):
+        raise ValueError("a pruned model takes logits_to_keep as a number, since the prompt becomes shorter")
+    cache = inputs.get("past_key_values")
+    if cache is not None and int(cache.get_seq_length()) > 0:
+        raise ValueError("a pruned model does not take new pictures on a filled cache; start again without the cache")
+
+
+def samples_of(pictures: list[ImageFeatures], placeholder: Tensor) -> Tensor:
+    """The row of ``placeholder (B, L)`` in which each picture stands, int64 on the CPU.
+
+    Raises:
+        ValueError: the pictures have more or fewer visual tokens than the rows.
+    """
+    ends = placeholder.sum(1).cumsum(0).cpu()
+    sizes = torch.tensor([len(picture.tokens) for picture in pictures])
+    if int(sizes.sum()) != int(ends[-1]):
+        raise ValueError(f"the pictures have {int(sizes.sum())} visual tokens, the prompts hold {int(ends[-1])}")
+    return torch.searchsorted(ends, sizes.cumsum(0))
+
+
+def kept_of(pictures: list[ImageFeatures], sample: Tensor, batch: int, keep: Tensor) -> list[list[Kept]]:
+    """What bool ``keep (T,)``, all pictures one after the other, says of the pictures of each of ``batch`` samples."""
+    kept: list[list[Kept]] = [[] for _ in range(batch)]
+    flags = torch.split(keep, [len(picture.tokens) for picture in pictures])
+    for number, picture, flag in zip(sample.tolist(), pictures, flags, strict=True):
+        indices = flag.nonzero()[:, 0]
+        kept[number].append(Kept(indices, picture.coords[indices], len(picture.tokens)))
+    return kept

@@ -7,6 +7,7 @@ from collections import Counter, defaultdict
 import numpy as np
 import pytest
 
+from tprl.data import SCENES, load_source
 from tprl.data.sample import Sample
 from tprl.data.scenes import (
     BOX_SCALE,
@@ -259,3 +260,15 @@ def test_bad_settings() -> None:
         SceneSettings(background="sea")
     with pytest.raises(ValueError, match="'dev' is not one of"):
         Scenes("dev", 1)
+
+
+def test_named_scenes_show_what_training_never_does() -> None:
+    plain, crowded, tiles = (load_source(name, "test", 200) for name in ("scenes", "scenes-crowded", "scenes-tiles"))
+    assert [source.name for source in (plain, crowded, tiles)] == ["scenes", "scenes-crowded", "scenes-tiles"]
+    for sample in crowded.samples:
+        scene = make_scene("test", int(sample.image_id), SCENES["scenes-crowded"])
+        assert 10 <= len(scene.things) <= 14
+    assert max(len(make_scene("train", index).things) for index in range(300)) == 9
+    assert list(tiles.samples) == list(plain.samples)  # the same things lie on another background
+    assert tiles.image("0") != plain.image("0")
+    assert {make_scene("train", index).background for index in range(20)} == {"shapes"}

@@ -30,7 +30,7 @@ def benchmark(
 
     Args:
         out: folder for the results, one folder a set in it.
-        data: comma-separated: "scenes", "easy-vqa", .jsonl files.
+        data: comma-separated: "scenes", "scenes-crowded", "scenes-tiles", "easy-vqa", .jsonl files.
         split: "train", "val" or "test".
         n: number of questions of each set.
         budgets: visual tokens to keep, comma-separated.

@@ -14,7 +14,7 @@ def sheet(out: Path, *, data: str = "scenes", split: str = "train", n: int = 24,
 
     Args:
         out: the PNG file to write.
-        data: "scenes", "easy-vqa", or a .jsonl file.
+        data: "scenes", "scenes-crowded", "scenes-tiles", "easy-vqa", or a .jsonl file.
         split: "train", "val" or "test".
         n: number of pictures.
         images: picture folder of a .jsonl file; the file's own unless given.
@@ -28,7 +28,7 @@ def make(out: Path, *, data: str = "scenes", split: str = "train", n: int = 1000
 
     Args:
         out: the folder to write.
-        data: "scenes" or "easy-vqa".
+        data: "scenes", "scenes-crowded", "scenes-tiles" or "easy-vqa".
         split: "train", "val" or "test".
         n: number of questions.
         overwrite: write into a folder that exists.

@@ -41,7 +41,7 @@ def evaluate(
 
     Args:
         out: folder for the results.
-        data: "scenes", "easy-vqa", or a .jsonl file.
+        data: "scenes", "scenes-crowded", "scenes-tiles", "easy-vqa", or a .jsonl file.
         split: "train", "val" or "test".
         n: number of questions.
         budgets: visual tokens to keep, comma-separated.

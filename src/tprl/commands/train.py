@@ -66,7 +66,8 @@ def train(
     Args:
         run: folder of the run.
         model: "pocket-llava", or a folder or Hub id of a model.
-        data: "scenes", "easy-vqa", or a .jsonl file; its splits "train" and "val" are used.
+        data: "scenes", "scenes-crowded", "scenes-tiles", "easy-vqa", or a .jsonl file; its splits "train" and "val" are
+            used.
         val_data: other data whose split "val" is used.
         images: picture folder of a .jsonl file; the file's own unless given.
         skip_bad: leave out records of a .jsonl file that cannot be read.
@@ -115,7 +116,7 @@ def _print_summary(run: Path) -> None:
         entry = json.loads(line)
         stage = entry.pop("stage")
         entry.pop("step")
-        if stage.startswith(("after-", "calibrated")):
+        if stage.startswith(("demonstrations", "after-", "calibrated")):
             for name, value in entry.items():
                 table.add_row(stage, name, f"{value:.4g}")
     Console().print(table)

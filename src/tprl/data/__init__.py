@@ -5,7 +5,14 @@ from pathlib import Path
 from tprl.data.easy_vqa import EasyVqa
 from tprl.data.jsonl import Jsonl
 from tprl.data.sample import Source
-from tprl.data.scenes import Scenes
+from tprl.data.scenes import Scenes, SceneSettings
+
+SCENES = {
+    "scenes": SceneSettings(),
+    "scenes-crowded": SceneSettings(min_objects=10, max_objects=14),
+    "scenes-tiles": SceneSettings(background="tiles"),
+}
+"""Scenes by name: as trained on, with more things in a picture than training ever shows, and on other backgrounds."""
 
 
 def load_source(
@@ -14,7 +21,7 @@ def load_source(
     """The samples called ``name``.
 
     Args:
-        name: "scenes", "easy-vqa", or the path of a JSONL file (see ``tprl.data.jsonl``).
+        name: of ``SCENES``, "easy-vqa", or the path of a JSONL file (see ``tprl.data.jsonl``).
         split: "train", "val" or "test".
         n: at most so many samples, at least 1; None for all. Scenes never end, so there it has to be given.
         skip_bad: of a JSONL file, leave out records that cannot be read.
@@ -32,11 +39,11 @@ def load_source(
         raise ValueError(f"a picture folder ({images}) goes with a .jsonl file only, not with {name!r}")
     if name == "easy-vqa":
         return EasyVqa(split, n)
-    if name == "scenes":
+    if name in SCENES:
         if n is None:
             raise ValueError("scenes never end: say how many samples are wanted")
-        return Scenes(split, n)
-    raise ValueError(f"data {name!r} is not 'scenes', 'easy-vqa' or the path of a .jsonl file")
+        return Scenes(split, n, SCENES[name], name)
+    raise ValueError(f"data {name!r} is not one of {', '.join(SCENES)}, easy-vqa or the path of a .jsonl file")
 
 
-__all__ = ["load_source"]
+__all__ = ["SCENES", "load_source"]

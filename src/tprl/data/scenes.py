@@ -203,11 +203,11 @@ class Scenes:
         split: "train", "val" or "test".
         n: number of samples.
         settings: what the pictures look like.
+        name: of the source.
     """
 
-    name = "scenes"
-
-    def __init__(self, split: str, n: int, settings: SceneSettings = SceneSettings()) -> None:
+    def __init__(self, split: str, n: int, settings: SceneSettings = SceneSettings(), name: str = "scenes") -> None:
+        self.name = name
         if split not in _SPLIT_SEEDS:
             raise ValueError(f"split {split!r} is not one of {sorted(_SPLIT_SEEDS)}")
         self.split = split

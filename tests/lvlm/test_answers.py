@@ -21,6 +21,7 @@ from tprl.lvlm.model import Lvlm
 from tprl.lvlm.packing import IGNORE
 from tprl.lvlm.prune import prune
 from tprl.lvlm.score import AnswerScorer
+from tprl.lvlm.text_attention import text_attention
 from tprl.types import Selection, VisualTokens
 
 FAR = 1e-2
@@ -157,6 +158,17 @@ def test_without_a_picture_the_text_alone_is_asked(encoded: EncodedSamples) -> N
         }
         assert float(scores.log_prob[index]) == pytest.approx(-float(encoded.lvlm.model(**alone).loss), abs=1e-4)
         assert encoded.text_tokens(index) == int(text.sum()) - int((inputs["labels"] != IGNORE).sum())
+
+
+def test_text_attention_of_questions_that_share_a_row_is_that_of_each_alone(encoded: EncodedSamples) -> None:
+    image_id = encoded.image_ids[1]
+    tokens, indices = encoded.features(image_id).tokens, encoded.questions[image_id]
+    prefix, blocks = encoded.prefix(indices[:1]), [encoded.block(index) for index in indices]
+    together = text_attention(encoded.scorer, prefix, tokens, blocks, layer=1)
+    assert together.shape == (len(blocks), len(tokens))
+    for row, block in zip(together, blocks, strict=True):
+        torch.testing.assert_close(row, text_attention(encoded.scorer, prefix, tokens, [block], layer=1)[0])
+    assert (together[0] - together[1]).abs().max() > 1e-4
 
 
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])

@@ -209,7 +209,7 @@ class Lvlm:
             raise ValueError(f"the chat template rewrites the prompt {prompt!r} when an answer follows: {whole!r}")
         return prompt, whole.removeprefix(prompt)
 
-    def visual_tokens(self, features: list[ImageFeatures], questions: list[str]) -> VisualTokens:
+    def visual_tokens(self, features: Sequence[ImageFeatures], questions: list[str]) -> VisualTokens:
         """One padded batch of pictures, each with its question."""
         query, query_mask = self.question_embeds(questions)
         return collate(features, query, query_mask)
@@ -295,7 +295,7 @@ def split_pictures(
     ]
 
 
-def collate(pictures: list[ImageFeatures], query: Tensor, query_mask: Tensor) -> VisualTokens:
+def collate(pictures: Sequence[ImageFeatures], query: Tensor, query_mask: Tensor) -> VisualTokens:
     """One padded batch of pictures with their questions ``(B, Q, D)`` and ``(B, Q)``."""
 
     def pad(rows: list[Tensor]) -> Tensor:

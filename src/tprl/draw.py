@@ -1,13 +1,36 @@
-"""Pictures of what a pruner kept."""
+"""Pictures of what a pruner kept, and of where it looked."""
 
+import matplotlib
 import numpy as np
+import torch
 from PIL import Image, ImageDraw
 from torch import Tensor
 
 FADE = 0.78
 """How far dropped patches go towards white."""
+HEAT = "inferno"
+"""Matplotlib's colour map of keep probabilities."""
 SIDE = 480
 """Longer side of a drawn picture in pixels."""
+
+
+def spread(coords: Tensor, values: Tensor) -> Tensor:
+    """The values of visual tokens on a grid over the picture, float32 ``(rows, columns)``.
+
+    There are as many rows and columns as tokens have different ones. Each cell takes the value of the nearest token,
+    the greatest of those that lie there: tokens on one regular grid get a cell each, and pictures that are shown in
+    several resolutions have no holes.
+
+    Args:
+        coords: ``(N, 2)``, row and column of the tokens' centres in [0, 1].
+        values: ``(N,)``.
+    """
+    coords, values = coords.float().cpu(), values.float().cpu()
+    rows, columns = (len(coords[:, axis].unique()) for axis in (0, 1))
+    cells = torch.cartesian_prod((torch.arange(rows) + 0.5) / rows, (torch.arange(columns) + 0.5) / columns)
+    distance = torch.cdist(cells, coords, compute_mode="donot_use_mm_for_euclid_dist")
+    nearest = distance <= distance.amin(1, keepdim=True) + 1e-6
+    return values.expand_as(nearest).masked_fill(~nearest, -torch.inf).amax(1).view(rows, columns)
 
 
 def draw_kept(image: Image.Image, coords: Tensor, keep: Tensor, caption: str = "") -> Image.Image:
@@ -15,25 +38,34 @@ def draw_kept(image: Image.Image, coords: Tensor, keep: Tensor, caption: str = "
 
     Args:
         image: RGB.
-        coords: ``(N, 2)``, row and column of the patches' centres in [0, 1], on one regular grid.
+        coords: ``(N, 2)``, row and column of the patches' centres in [0, 1].
         keep: bool ``(N,)``.
         caption: written under the picture where it is not empty.
     """
-    rows, columns = (len(coords[:, axis].unique()) for axis in (0, 1))
-    kept = np.zeros((rows, columns), bool)
-    places = (coords * coords.new_tensor([rows, columns])).long().cpu().numpy()
-    kept[places[:, 0], places[:, 1]] = keep.cpu().numpy()
-    scale = SIDE / max(image.size)
-    image = image.resize((round(image.width * scale), round(image.height * scale)), Image.Resampling.BICUBIC)
-    mask = Image.fromarray(kept.astype(np.uint8) * 255).resize(image.size, Image.Resampling.NEAREST)
+    image = _sized(image)
+    mask = Image.fromarray(spread(coords, keep).numpy().astype(np.uint8) * 255)
     faded = Image.blend(image, Image.new("RGB", image.size, "white"), FADE)
-    drawn = Image.composite(image, faded, mask)
+    drawn = Image.composite(image, faded, mask.resize(image.size, Image.Resampling.NEAREST))
     if not caption:
         return drawn
     framed = Image.new("RGB", (drawn.width, drawn.height + 24), "white")
     framed.paste(drawn, (0, 0))
     ImageDraw.Draw(framed).text((4, drawn.height + 6), caption, fill="black", font_size=13)
     return framed
+
+
+def draw_heat(image: Image.Image, coords: Tensor, probs: Tensor) -> Image.Image:
+    """The picture under a map of probabilities: dark where a patch is not needed, glowing where it is.
+
+    Args:
+        image: RGB.
+        coords: ``(N, 2)``, row and column of the patches' centres in [0, 1].
+        probs: ``(N,)``, in [0, 1].
+    """
+    image = _sized(image)
+    heat = matplotlib.colormaps[HEAT](spread(coords, probs).numpy(), bytes=True)[..., :3]
+    glow = Image.fromarray(heat).resize(image.size, Image.Resampling.BICUBIC)
+    return Image.blend(image.convert("L").convert("RGB"), glow, 0.65)
 
 
 def side_by_side(pictures: list[Image.Image], gap: int = 8) -> Image.Image:
@@ -45,3 +77,9 @@ def side_by_side(pictures: list[Image.Image], gap: int = 8) -> Image.Image:
         row.paste(picture, (left, 0))
         left += picture.width + gap
     return row
+
+
+def _sized(image: Image.Image) -> Image.Image:
+    scale = SIDE / max(image.size)
+    size = (max(1, round(image.width * scale)), max(1, round(image.height * scale)))
+    return image.resize(size, Image.Resampling.BICUBIC)

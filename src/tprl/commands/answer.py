@@ -1,10 +1,6 @@
 """``tprl answer``: one question about one picture, answered with every visual token and with the few that matter."""
 
-import statistics
-import time
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
 
 import torch
 from PIL import Image
@@ -12,30 +8,14 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from tprl.api import prune
 from tprl.commands.evaluate import SHIPPED_PRUNER
 from tprl.data.jsonl import read_image
 from tprl.draw import draw_kept, side_by_side
-from tprl.evaluate.flops import kv_cache_mib, lvlm_flops, module_flops
-from tprl.evaluate.latency import question_inputs
-from tprl.lvlm.model import Lvlm
+from tprl.evaluate.answers import Answered, answered
+from tprl.evaluate.methods import Method
 from tprl.pocket.assemble import open_lvlm
 from tprl.pruner import TokenPruner
 from tprl.types import VisualTokens
-
-MAX_NEW_TOKENS = 24
-TIMED_PREFILLS = 3
-
-
-@dataclass(frozen=True)
-class Answered:
-    """An answer and what it took: ``prefill_ms`` is the median of some prefills, the pruner and the tower inside."""
-
-    text: str
-    visual_tokens: int
-    flops: int
-    prefill_ms: float
-    kv_cache_mib: float
 
 
 def answer(
@@ -82,43 +62,20 @@ def answer(
     total = int(visual.mask.sum())
     if budget is not None and budget > total:
         raise ValueError(f"--budget {budget} is more than the picture's {total} visual tokens; allowed: 1 to {total}")
-    inputs = question_inputs(lvlm, shown, question)
-    whole = _run(lvlm, inputs, total, pruner_flops=0)
-    own = module_flops(policy, visual.to("cpu"), method="keep_probs")
-    with prune(lvlm.model, policy, budget=budget, threshold=threshold, processor=lvlm.processor) as pruned:
-        cast(Any, lvlm.model)(**inputs)
-        indices = pruned.kept[0][0].indices
-        short = _run(lvlm, inputs, len(indices), own)
-    _print(question, total, whole, short)
+    whole = answered(lvlm, shown, question)
+    short = answered(lvlm, shown, question, Method(policy.name, policy, budget, threshold))
+    _print(question, whole, short)
     if picture is not None:
-        keep = torch.zeros(total, dtype=torch.bool).index_fill(0, indices.cpu(), True)
+        keep = torch.zeros(total, dtype=torch.bool).index_fill(0, short.kept, True)
         _draw(shown, visual, keep, policy, short.text, steps).save(picture)
         print(f"wrote {picture}")
 
 
-@torch.no_grad()
-def _run(lvlm: Lvlm, inputs: Any, visual_tokens: int, pruner_flops: int) -> Answered:
-    model = cast(Any, lvlm.model)
-    milliseconds = []
-    for _ in range(TIMED_PREFILLS + 1):
-        start = time.perf_counter()
-        model(**inputs, use_cache=True, logits_to_keep=1)
-        milliseconds.append(1000 * (time.perf_counter() - start))
-    ids = model.generate(**inputs, max_new_tokens=MAX_NEW_TOKENS, do_sample=False)
-    prompt = inputs["input_ids"]
-    text = cast(Any, lvlm.processor).decode(ids[0, prompt.shape[1] :], skip_special_tokens=True).strip()
-    words = int((prompt != model.config.image_token_id).sum())
-    encoded = int((prompt == model.config.image_token_id).sum())
-    flops = lvlm_flops(model.config, visual_tokens, words, encoded_tokens=encoded).total + pruner_flops
-    cache = kv_cache_mib(model.config, visual_tokens + words, model.dtype.itemsize)
-    return Answered(text, visual_tokens, flops, statistics.median(milliseconds[1:]), cache)
-
-
-def _print(question: str, total: int, whole: Answered, short: Answered) -> None:
+def _print(question: str, whole: Answered, short: Answered) -> None:
     table = Table("", "every token", "pruned", "saved", title=question)
     table.add_row("answer", whole.text, short.text, "")
     for name, unit, before, after in (
-        ("visual tokens", "", total, short.visual_tokens),
+        ("visual tokens", "", whole.visual_tokens, short.visual_tokens),
         ("FLOPs", " G", whole.flops / 1e9, short.flops / 1e9),
         ("prefill", " ms", whole.prefill_ms, short.prefill_ms),
         ("KV cache", " MiB", whole.kv_cache_mib, short.kv_cache_mib),

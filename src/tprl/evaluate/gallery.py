@@ -4,21 +4,17 @@ import shutil
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
-from transformers import BatchFeature
 
 from tprl.data.sample import Sample, Source
+from tprl.evaluate.answers import greedy_answer, kept_tokens
 from tprl.evaluate.benchmark import Cell, write_json
 from tprl.evaluate.latency import prompt_inputs, pruned_model
 from tprl.evaluate.methods import Method
-from tprl.lvlm.cache import ANSWER_LIMIT
-from tprl.lvlm.in_model import Dropping
 from tprl.lvlm.model import Lvlm
-from tprl.lvlm.prune import Pruning
 from tprl.progress import track
 from tprl.scoring import score
 
@@ -89,7 +85,7 @@ def _case(lvlm: Lvlm, source: Source, sample: Sample, methods: Sequence[Method])
     for method in methods:
         with pruned_model(lvlm, method, inputs) as handle:
             answer = greedy_answer(lvlm, inputs)
-            kept = patches[_kept(handle, len(patches)).cpu()].tolist()
+            kept = patches[kept_tokens(handle, len(patches)).cpu()].tolist()
         entries.append(
             {
                 "method": method.name,
@@ -109,21 +105,3 @@ def _case(lvlm: Lvlm, source: Source, sample: Sample, methods: Sequence[Method])
         "unpruned": {"answer": whole, "score": score(sample, whole)},
         "methods": entries,
     }
-
-
-@torch.no_grad()
-def greedy_answer(lvlm: Lvlm, inputs: BatchFeature) -> str:
-    """The model's answer to a prompt of batch 1, by its own ``generate``, pruned or not."""
-    model = cast(Any, lvlm.model)
-    end = lvlm.prompt_ids("?", "?")[1][-1]
-    ids = model.generate(**inputs, max_new_tokens=ANSWER_LIMIT, do_sample=False, eos_token_id=end)
-    tokenizer = cast(Any, lvlm.processor).tokenizer
-    return str(tokenizer.decode(ids[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)).strip()
-
-
-def _kept(handle: object, total: int) -> Tensor:
-    """Indices of the visual tokens of the one picture that were kept, or that reached the last layer."""
-    if isinstance(handle, Pruning):
-        return handle.kept[0][0].indices
-    dropped = cast(Dropping, handle)
-    return dropped.kept[-1][0, dropped.visual[0]].nonzero()[:, 0] if dropped.kept else torch.arange(total)

@@ -67,7 +67,6 @@ def pruned_model(lvlm: Lvlm, method: Method, inputs: BatchFeature) -> AbstractCo
     )
 
 
-@torch.no_grad()
 def measure_prefill(lvlm: Lvlm, method: Method, inputs: Sequence[BatchFeature]) -> Prefill:
     """Prefills of the same inputs with and without pruning, taking turns so that both meet the same machine; the
     first input warms up and does not count.
@@ -77,13 +76,15 @@ def measure_prefill(lvlm: Lvlm, method: Method, inputs: Sequence[BatchFeature]) 
     """
     pruned, unpruned = [], []
     for prompt in inputs:
-        unpruned.append(_prefill_ms(lvlm, prompt))
+        unpruned.append(prefill_ms(lvlm, prompt))
         with pruned_model(lvlm, method, prompt):
-            pruned.append(_prefill_ms(lvlm, prompt))
+            pruned.append(prefill_ms(lvlm, prompt))
     return Prefill(median(pruned[1:]), median(unpruned[1:]))
 
 
-def _prefill_ms(lvlm: Lvlm, inputs: BatchFeature) -> float:
+@torch.no_grad()
+def prefill_ms(lvlm: Lvlm, inputs: BatchFeature) -> float:
+    """Milliseconds of one prefill, pruned or not."""
     _wait(lvlm)
     start = time.perf_counter()
     lvlm.model(**inputs, use_cache=True, logits_to_keep=1)

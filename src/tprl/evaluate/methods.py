@@ -1,10 +1,11 @@
 """What a table compares: TPRL and its peers, each made ready to choose tokens under a budget."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import cast
 
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from tprl.evaluate.flops import module_flops
@@ -103,16 +104,26 @@ class Counted:
 
 
 def choice_flops(method: Method, encoded: EncodedSamples, index: int) -> int:
-    """FLOPs of what ``method`` does to choose tokens for one sample: matrix products, as ``tprl.evaluate.flops``
-    counts them."""
+    """``count_choice`` for one sample."""
     visual = encoded.visual([index])
+    return count_choice(method, visual, lambda within: encoded.score([index], visual.tokens, visual.mask, within))
+
+
+def count_choice(method: Method, visual: VisualTokens, prefill: Callable[[Within], object]) -> int:
+    """FLOPs of what ``method`` does to choose tokens for one picture and question: matrix products, as
+    ``tprl.evaluate.flops`` counts them.
+
+    Args:
+        visual: of batch 1, with the signals that the method needs.
+        prefill: runs the language model on the prompt, pruned inside as it is told.
+    """
     if method.pruner is not None:
-        return module_flops(method.pruner, visual, method="keep_probs")
+        return module_flops(method.pruner, visual.to("cpu"), method="keep_probs")
     if method.within is not None:
         counted = Counted(method.within.method)
-        encoded.score([index], visual.tokens, visual.mask, Within(counted, method.within.budget))
+        prefill(Within(counted, method.within.budget))
         return counted.flops
-    with FlopCounterMode(display=False) as counter:
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
         method.select(visual)
     return int(counter.get_total_flops())
 

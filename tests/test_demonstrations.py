@@ -1,13 +1,14 @@
 """Demonstrations: nested, scored in one call a teacher, and the best of them for every sample by itself."""
 
 from collections.abc import Sequence
+from itertools import pairwise
 
 import pytest
 import torch
 from torch import Tensor
 
 from ragged import visual_tokens
-from tprl.demonstrations import demonstrate, make_teacher, nested_masks
+from tprl.demonstrations import MemoScore, Search, demonstrate, make_teacher, nested_masks
 from tprl.env import Score
 from tprl.rewards import step_rewards
 from tprl.selectors import SELECTORS
@@ -148,3 +149,93 @@ def test_teachers_by_name() -> None:
     assert not torch.equal(keep[0], keep[2])
     with pytest.raises(ValueError, match="unknown teacher 'fastv'; known: text-attention, random, "):
         make_teacher("fastv", 0)
+
+
+def grid_tokens(side: int, batch: int) -> VisualTokens:
+    """Pictures of ``side`` x ``side`` tokens; the last ones of the second are padding."""
+    visual = visual_tokens([side * side, *[side * side - 3] * (batch - 1)], [1] * batch, 4)
+    places = (torch.arange(side) + 0.5) / side
+    visual.coords[:] = torch.cartesian_prod(places, places)
+    return visual
+
+
+def nested_start(visual: VisualTokens, budgets: Sequence[int]) -> Tensor:
+    return nested_masks(Order(range(visual.mask.shape[1])), visual, budgets)
+
+
+def test_search_finds_what_the_answer_needs_and_keeps_counts() -> None:
+    """Tokens 20, 21, 26 and 27, a square of the 6 x 6 picture, are worth 1 each, the budgets are 12, 8 and 4; the start
+    holds none of them in its last step."""
+    visual = grid_tokens(6, 3)
+    weights = torch.zeros(3, 36)
+    weights[:, [20, 21, 26, 27]] = 1.0
+    start = nested_start(visual, [12, 8, 4])
+
+    def value(masks: Tensor) -> Tensor:
+        return (masks[-1] * weights).sum(-1)
+
+    assert value(start).tolist() == [0, 0, 0]
+    values = []
+    for rounds in (0, 3, 10, 40):
+        found = Search(rounds, 4, seed=0).improve(start, torch.ones(3, 36), visual, value)
+        assert torch.equal(found.sum(-1), start.sum(-1))
+        assert bool((found[1:] <= found[:-1]).all())
+        assert not bool((found & ~visual.mask).any())
+        values.append(value(found))
+    assert torch.equal(Search(0, 4, 0).improve(start, torch.ones(3, 36), visual, value), start)
+    assert all(bool((later >= earlier).all()) for earlier, later in pairwise(values))
+    assert bool((values[-1] >= 2).all())
+    again = Search(40, 4, 0).improve(start, torch.ones(3, 36), visual, value)
+    assert torch.equal(again, found)
+
+
+def test_hints_lead_the_search() -> None:
+    """With hints at the square that is needed, two generations do what takes tens of them without."""
+    visual = grid_tokens(6, 3)
+    weights, hints = torch.zeros(3, 36), torch.full((3, 36), 1e-6)
+    weights[:, [20, 21, 26, 27]] = 1.0
+    hints[:, [20, 21, 26, 27]] = 1.0
+    start = nested_start(visual, [12, 8, 4])
+    found = [
+        Search(2, 4, 0).improve(start, hint, visual, lambda masks: (masks * weights).sum((0, 2)))
+        for hint in (hints, torch.ones(3, 36))
+    ]
+    told, untold = ((masks * weights).sum((0, 2)) for masks in found)
+    assert bool((told > untold).all())
+
+
+def test_a_memo_asks_once_for_what_a_row_keeps() -> None:
+    asked: list[list[int]] = []
+
+    def worth(rows: Tensor, masks: Tensor) -> Tensor:
+        asked.append(rows.tolist())
+        return masks.sum(1) + 10.0 * rows
+
+    memo = MemoScore(worth)
+    masks = torch.tensor([[[1, 0, 0], [1, 1, 0]], [[1, 0, 0], [1, 0, 0]]]).bool()
+    assert memo(masks).tolist() == [[1, 12], [1, 11]]
+    assert sorted(asked[0]) == [0, 1, 1]  # row 0 keeps the same twice
+    assert memo(masks.flip(0)).tolist() == [[1, 11], [1, 12]]
+    assert len(asked) == 1
+    assert memo(~masks)[0].tolist() == [2, 11]
+    assert memo.asked == 6
+
+
+def test_search_competes_from_the_best_teacher_and_is_bounded() -> None:
+    """Both teachers keep one of the two tokens that count; the search finds both where it is allowed to."""
+    visual = grid_tokens(6, 3)
+    weights = torch.zeros(3, 36)
+    weights[:, 0], weights[:2, 14] = 1.0, 5.0
+    teachers = [Order(range(36)), Order([*range(14, 36), *range(14)])]
+    memo = MemoScore(lambda rows, masks: (masks * weights[rows]).sum(1))
+    run = (visual, [12, 8, 4], torch.zeros(3), memo, 1.0, 0.1, 0.99, 0.0)
+    without = demonstrate(teachers, *run)
+    assert without.teacher.tolist() == [1, 1, 0]
+    before = memo.asked
+    found = demonstrate(teachers, *run, Search(30, 4, seed=1))
+    assert found.teacher.tolist() == [2, 2, 0]  # the third has all there is to have
+    assert bool((found.returns[:2] > without.returns[:2]).all())
+    assert found.returns[2] == without.returns[2]
+    assert 0 < memo.asked - before <= 30 * 4 * 3 * 3
+    nothing = demonstrate(teachers, *run, Search(0, 4, seed=1))
+    assert torch.equal(nothing.teacher, without.teacher)

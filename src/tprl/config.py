@@ -60,10 +60,14 @@ class ImitateStage:
 
     Attributes:
         demonstrations: samples that are demonstrated, one trajectory kept of each; 0 skips the stage.
-        teachers: selectors that compete for every sample, and "search", see ``tprl.demonstrations.search``.
+        teachers: selectors that compete for every sample, and "search", which improves on the best of them, see
+            ``tprl.demonstrations.Search``.
         margin: return by which another teacher has to beat the first of them to be imitated instead. Teachers blind
             to the question often win by a hair, and a policy that imitates them learns to keep whatever there is.
         budgets: tokens kept after every step of a demonstration, falling.
+        search_rounds: generations of the search.
+        search_children: subsets that are tried in a generation; a search scores ``search_rounds * search_children``
+            times as many subsets as one heuristic teacher.
         epochs: passes over the demonstrations.
         batch: samples in an update.
         learning_rate: of AdamW.
@@ -73,6 +77,8 @@ class ImitateStage:
     teachers: tuple[str, ...] = ("text-attention", "fastervlm", "divprune", "cdpruner")
     margin: float = 0.1
     budgets: tuple[int, ...] = (128, 48, 16)
+    search_rounds: int = 8
+    search_children: int = 4
     epochs: int = 5
     batch: int = 32
     learning_rate: float = 1e-3

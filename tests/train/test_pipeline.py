@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -19,7 +20,8 @@ SETTINGS = [
     "--set.samples", 32, "--set.validation", 8, "--set.save-every", 2,
     "--set.autoencoder.steps", 6, "--set.autoencoder.pictures", 2,
     "--set.imitate.demonstrations", 32, "--set.imitate.epochs", 2, "--set.imitate.batch", 8,
-    "--set.imitate.budgets", 8, 4, 2, "--set.imitate.teachers", "text-attention", "fastervlm", "divprune",
+    "--set.imitate.budgets", 8, 4, 2, "--set.imitate.teachers", "text-attention", "fastervlm", "divprune", "search",
+    "--set.imitate.search-rounds", 3, "--set.imitate.search-children", 2,
     "--set.ppo.epochs", 4, "--set.ppo.questions", 4, "--set.ppo.rollouts", 3, "--set.ppo.minibatch", 6,
 ]  # fmt: skip
 
@@ -44,7 +46,7 @@ def train(world: Path, run: Path, *more: object) -> subprocess.CompletedProcess[
     return subprocess.run(command(world, run, *more), capture_output=True, text=True, timeout=200, check=False)
 
 
-def metrics(run: Path) -> list[dict[str, object]]:
+def metrics(run: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
 
 
@@ -59,10 +61,14 @@ def whole(world: Path) -> Path:
 def test_every_stage_leaves_its_metrics_and_its_pruner(whole: Path) -> None:
     stages = [entry["stage"] for entry in metrics(whole)]
     assert list(dict.fromkeys(stages)) == [
-        "autoencoder", "imitate", "after-imitate", "ppo", "after-ppo", "calibrated",
+        "autoencoder", "demonstrations", "imitate", "after-imitate", "ppo", "after-ppo", "calibrated",
     ]  # fmt: skip
     assert stages.count("autoencoder") == 6
     assert stages.count("ppo") == 4
+    told = next(entry for entry in metrics(whole) if entry["stage"] == "demonstrations")
+    wins = [told[f"won_by_{name}"] for name in ("text-attention", "fastervlm", "divprune", "search")]
+    assert 0 < told["liked"] == sum(wins) <= 32
+    assert wins[-1] > 0
     ppo = [entry for entry in metrics(whole) if entry["stage"] == "ppo"][-1]
     assert {"reward", "kept_3", "approx_kl", "clip_fraction", "effective_sample_size", "explained_variance"} <= set(ppo)
     for folder in ("stages/imitate", "stages/ppo", "pruner"):

@@ -6,6 +6,8 @@ target of a token in state t is the share of the steps from t on that it survive
 the keep probability just that: one look ranks tokens by how long they would be kept.
 """
 
+import hashlib
+import json
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -16,8 +18,8 @@ import torch
 from torch import Tensor, nn
 
 from tprl.checkpoint import DamagedCheckpoint, load_checkpoint, save_checkpoint
-from tprl.config import TrainConfig
-from tprl.demonstrations import demonstrate, make_teacher
+from tprl.config import ImitateStage, TrainConfig
+from tprl.demonstrations import SEARCH, MemoScore, Search, Worth, demonstrate, make_teacher
 from tprl.env import Score
 from tprl.lvlm.cache import EncodedSamples
 from tprl.lvlm.text_attention import text_attention
@@ -25,31 +27,34 @@ from tprl.progress import track
 from tprl.pruner import TokenPruner
 from tprl.run import RunFolder, Stage
 from tprl.selectors import Selector
+from tprl.selectors.grid import Random
 from tprl.types import VisualTokens
 
 NAME = "imitate"
+LOG = "demonstrations"
 SHARD = 64
 
 
 @dataclass(frozen=True)
 class DemonstrationSet:
-    """Demonstrations that the reward likes: bool ``states (M, T + 1, N)`` of samples ``indices (M,)``, and how often
-    each teacher was the best."""
+    """Demonstrations that the reward likes: bool ``states (M, T + 1, N)`` of samples ``indices (M,)``."""
 
     indices: Tensor
     states: Tensor
-    wins: dict[str, int]
 
 
 def collect_demonstrations(run: RunFolder, train: EncodedSamples, config: TrainConfig) -> DemonstrationSet:
-    """The best demonstration of each of the first samples of ``train``, from ``run`` where they are there already.
+    """The best demonstration of each of the first samples of ``train``.
 
-    A demonstration whose return is not above 0 would teach to lose the answer, and is left out.
+    They are kept beside the encoded pictures, for all trainings whose demonstrations would be the same. One whose
+    return is not above 0 would teach to lose the answer, and is left out. The metrics tell how often each teacher was
+    the best of those that stay.
     """
-    teachers = [make_teacher(name, config.seed) for name in config.imitate.teachers]
-    folder = run.folder / "demonstrations"
-    folder.mkdir(exist_ok=True)
+    names = [*heuristics(config.imitate), SEARCH]
+    teachers = [make_teacher(name, config.seed) for name in names[:-1]]
     count = min(config.imitate.demonstrations, len(train))
+    folder = train.folder / f"demonstrations-{_key(train, count, config)}"
+    folder.mkdir(exist_ok=True)
     shards = []
     for first in track(range(0, count, SHARD), "demonstrations"):
         path = folder / f"{first:07d}.safetensors"
@@ -63,8 +68,38 @@ def collect_demonstrations(run: RunFolder, train: EncodedSamples, config: TrainC
     returns = torch.cat([shard["returns"] for shard in shards])
     winner = torch.cat([shard["teacher"] for shard in shards])
     liked = returns > 0
-    wins = Counter(config.imitate.teachers[int(i)] for i in winner[liked])
-    return DemonstrationSet(liked.nonzero()[:, 0], states[liked].bool(), dict(wins))
+    wins = Counter(names[int(i)] for i in winner[liked])
+    if not run.logged(LOG):
+        run.log(
+            LOG, 0, {"liked": float(liked.sum())} | {f"won_by_{name}": wins[name] for name in config.imitate.teachers}
+        )
+    return DemonstrationSet(liked.nonzero()[:, 0], states[liked].bool())
+
+
+def _key(train: EncodedSamples, count: int, config: TrainConfig) -> str:
+    """A digest of all that demonstrations depend on besides the model and the pictures; the seed is one of them for
+    teachers that draw."""
+    settings, ppo = config.imitate, config.ppo
+    drawn = {SEARCH, Random.name} & set(settings.teachers)
+    parts = [
+        [(sample.image_id, sample.question, sample.answers) for sample in train.samples[:count]],
+        [settings.teachers, settings.margin, settings.budgets, settings.search_rounds, settings.search_children],
+        [ppo.score, ppo.alpha, ppo.beta, ppo.gamma],
+        config.seed if drawn else None,
+    ]
+    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]
+
+
+def heuristics(settings: ImitateStage) -> tuple[str, ...]:
+    """The teachers that are selectors.
+
+    Raises:
+        ValueError: there are none, and nothing to search from.
+    """
+    names = tuple(name for name in settings.teachers if name != SEARCH)
+    if not names:
+        raise ValueError(f"teachers {settings.teachers} are not allowed; {SEARCH!r} starts from what others keep")
+    return names
 
 
 def imitate_stage(
@@ -132,13 +167,23 @@ def score_function(data: EncodedSamples, indices: Sequence[int], tokens: Tensor,
         kind: see ``PpoStage.score``. A log-likelihood is the mean over the answer's tokens, in nats.
     """
 
+    worth = worth_function(data, indices, tokens, kind)
+
     def score(masks: Tensor) -> Tensor:
-        steps, batch, count = masks.shape
-        rows = list(indices) * steps
-        scores = data.score(rows, tokens.repeat(steps, 1, 1), masks.reshape(steps * batch, count))
-        return (scores.correct.float() if kind == "correct" else scores.log_prob).reshape(steps, batch)
+        steps, batch, _ = masks.shape
+        return worth(torch.arange(batch).repeat(steps), masks.flatten(0, 1)).reshape(steps, batch)
 
     return score
+
+
+def worth_function(data: EncodedSamples, indices: Sequence[int], tokens: Tensor, kind: str) -> Worth:
+    """The same score, of some rows with a keep mask each."""
+
+    def worth(rows: Tensor, masks: Tensor) -> Tensor:
+        scores = data.score([indices[int(row)] for row in rows], tokens[rows], masks)
+        return scores.correct.float() if kind == "correct" else scores.log_prob
+
+    return worth
 
 
 def unpruned_scores(data: EncodedSamples, indices: Sequence[int], kind: str) -> Tensor:
@@ -152,17 +197,21 @@ def _demonstrate(
     visual = train.visual(indices)
     if any("text_attention" in teacher.needs for teacher in teachers):
         visual.signals["text_attention"] = _text_attention(train, indices, visual)
-    kind = config.ppo.score
+    kind, settings = config.ppo.score, config.imitate
+    search = None
+    if SEARCH in settings.teachers:
+        search = Search(settings.search_rounds, settings.search_children, config.seed)
     best = demonstrate(
         teachers,
         visual,
-        config.imitate.budgets,
+        settings.budgets,
         unpruned_scores(train, indices, kind),
-        score_function(train, indices, visual.tokens, kind),
+        MemoScore(worth_function(train, indices, visual.tokens, kind)),
         config.ppo.alpha,
         config.ppo.beta,
         config.ppo.gamma,
-        config.imitate.margin,
+        settings.margin,
+        search,
     )
     return {"states": best.trajectory.states.to(torch.uint8), "teacher": best.teacher, "returns": best.returns}
 

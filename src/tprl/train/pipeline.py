@@ -17,7 +17,7 @@ from tprl.run import RunFolder, Stage, fit
 from tprl.train import autoencoder, imitate, ppo
 from tprl.train.autoencoder import autoencoder_stage
 from tprl.train.calibrate import calibrate, one_shot, unpruned_accuracy
-from tprl.train.imitate import collect_demonstrations, imitate_stage
+from tprl.train.imitate import collect_demonstrations, heuristics, imitate_stage
 from tprl.train.ppo import ppo_stage
 
 STAGES = (autoencoder.NAME, imitate.NAME, ppo.NAME)
@@ -46,14 +46,16 @@ def train(
     torch.manual_seed(config.seed)
     pruner = start or TokenPruner(shape)
     given = tower_signals(lvlm.model)
-    needed = {name: make_teacher(name, config.seed).needs & TOWER_SIGNALS for name in config.imitate.teachers}
+    needed = {name: make_teacher(name, config.seed).needs & TOWER_SIGNALS for name in heuristics(config.imitate)}
     if blind := [name for name, needs in needed.items() if not needs <= given]:
         print(f"teachers left out, since {lvlm.family.name}'s tower does not give what they need: {', '.join(blind)}")
         config = replace(
             config,
-            imitate=replace(config.imitate, teachers=tuple(name for name in needed if name not in blind)),
+            imitate=replace(
+                config.imitate, teachers=tuple(name for name in config.imitate.teachers if name not in blind)
+            ),
         )
-    signals = frozenset[str]().union(*(needed[name] for name in config.imitate.teachers))
+    signals = frozenset[str]().union(*(needed[name] for name in heuristics(config.imitate)))
     folder = cache or run.folder / "cache"
     data = EncodedSamples(lvlm, sources[0], folder, signals)
     held_out = EncodedSamples(lvlm, sources[1], folder)
@@ -64,7 +66,7 @@ def train(
         ppo.NAME: lambda: ppo_stage(pruner, data, config),
     }
     for name in STAGES:
-        if name not in stages:
+        if name not in stages or (name == imitate.NAME and config.imitate.demonstrations == 0):
             continue
         stage = makers[name]()
         if stage.steps == 0:

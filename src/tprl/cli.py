@@ -12,6 +12,7 @@ COMMANDS = {
     "train": "train a pruner",
     "evaluate": "measure methods under budgets",
     "benchmark": "measure all methods on all data",
+    "ablate": "train with one part changed at a time, and measure what it is worth",
     "report": "make a page of results",
     "flops": "count a model's FLOPs at token budgets",
     "data": "make data, or look at them: sheet, make",

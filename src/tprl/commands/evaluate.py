@@ -1,5 +1,6 @@
 """``tprl evaluate``: how much accuracy pruning costs and what it saves, against the peers, in one run."""
 
+import json
 from pathlib import Path
 
 import tprl
@@ -68,9 +69,19 @@ def evaluate(
         fitting = TokenPruner.from_pretrained(pruner or SHIPPED_PRUNER, lvlm.fingerprint).to(lvlm.device)
     rows = make_methods(names, sizes, fitting, threshold, threshold_row, seed)
     source = load_source(data, split, n, skip_bad, images)
-    run = Benchmark(lvlm, model, source, rows, out, cache or cache_folder(), seed, resume, overwrite)
+    known = _trained_on(pruner) if fitting else None
+    run = Benchmark(lvlm, model, source, rows, out, cache or cache_folder(), seed, resume, overwrite, known)
     results = run.run()
     write_tables(results, out)
     if gallery:
         write_gallery(lvlm, source, rows, run.cells["unpruned"], run.cells, out, gallery)
     print(markdown_table(results))
+
+
+def _trained_on(pruner: Path | None) -> str | None:
+    """The data that a pruner was trained on: the shipped one on scenes, one in the folder of its run on what that run
+    says; None of any other."""
+    if pruner is None:
+        return "scenes"
+    run = pruner.resolve().parent / "config.json"
+    return Path(json.loads(run.read_text())["data"]).name if run.is_file() else None

@@ -28,3 +28,15 @@ def parse_budgets(text: str) -> tuple[int, ...]:
             )
         budgets.append(int(part))
     return tuple(dict.fromkeys(budgets))
+
+
+def parse_seeds(text: str) -> tuple[int, ...]:
+    """Comma-separated whole numbers from 0 on, each once.
+
+    Raises:
+        ValueError: something is none.
+    """
+    names = parse_names(text)
+    if wrong := [name for name in names if not name.isdecimal()]:
+        raise ValueError(f"seeds are whole numbers from 0 on, got {', '.join(wrong)}")
+    return tuple(int(name) for name in names)

@@ -70,6 +70,7 @@ class Benchmark:
         seed: of the bootstrap; that of random methods is their own.
         resume: go on with what ``out`` holds.
         overwrite: throw away what ``out`` holds.
+        trained_on: name of the questions that the pruner was trained on, for the record.
 
     Attributes:
         cells: what ``run`` measured or found, by label: "unpruned", "blind" and those of the methods.
@@ -91,19 +92,20 @@ class Benchmark:
         seed: int = 0,
         resume: bool = False,
         overwrite: bool = False,
+        trained_on: str | None = None,
     ) -> None:
-        _check_out(out, resume, overwrite)
+        check_out(out, resume, overwrite)
         _check_budgets(lvlm, source, methods)
         self.lvlm, self.model, self.source, self.methods, self.out, self.seed = lvlm, model, source, methods, out, seed
         signals = frozenset[str]().union(*(method.needs for method in methods))
         self.encoded = EncodedSamples(lvlm, source, cache, signals)
-        samples = "\n".join(f"{s.image_id}\t{s.question}\t{s.answers}\t{s.box}" for s in source.samples)
         self._made_from = {
             "weights": weights_digest(lvlm),
             "dtype": str(lvlm.model.dtype).removeprefix("torch."),
-            "samples": hashlib.sha256(samples.encode()).hexdigest()[:16],
+            "samples": samples_digest(source),
             "seed": seed,
         }
+        self.trained_on = trained_on
         self.cells: dict[str, Cell] = {}
         self._inputs: list[BatchFeature] = []
         if overwrite and out.exists():
@@ -159,7 +161,11 @@ class Benchmark:
     def _measure(self, label: str, method: Method | None, title: str) -> Cell:
         if method is None:
             return self._by_picture(None, title, blind=label == "blind")
-        cell = self._by_picture(method, title) if method.name in QUESTION_BLIND else self._by_question(method, title)
+        cell = (
+            self._by_picture(method, title)
+            if method.name in QUESTION_BLIND
+            else score_questions(self.encoded, method, title)
+        )
         prefill = measure_prefill(self.lvlm, method, self._timed_inputs())
         flops = choice_flops(method, self.encoded, self._typical())
         return Cell(cell.scores, cell.kept, flops, prefill.pruned_ms, prefill.unpruned_ms)
@@ -183,24 +189,6 @@ class Benchmark:
             for image_id, count in zip(chosen, keep_mask.sum(1).tolist(), strict=True):
                 kept[self.encoded.questions[image_id]] = count
         return Cell(scores.tolist(), kept.tolist())
-
-    def _by_question(self, method: Method, title: str) -> Cell:
-        """Every question sees tokens of its own."""
-        scores: list[Tensor] = []
-        kept: list[float] = []
-        for start in track(range(0, len(self.encoded), QUESTIONS_AT_ONCE), title):
-            indices = range(start, min(start + QUESTIONS_AT_ONCE, len(self.encoded)))
-            visual = self.encoded.visual(indices)
-            selection = method.select(visual)
-            tokens = visual.tokens if selection.tokens is None else selection.tokens
-            scores.append(self.encoded.accuracy(indices, tokens, selection.keep_mask, method.within))
-            kept += [self._mean_over_layers(method, count) for count in selection.keep_mask.sum(1).tolist()]
-        return Cell(torch.cat(scores).tolist(), kept)
-
-    def _mean_over_layers(self, method: Method, count: int) -> float:
-        """Visual tokens that a decoder layer sees on average where ``count`` enter the language model."""
-        counts = method.layer_counts(self.lvlm.model.config.get_text_config().num_hidden_layers, count)
-        return count if counts is None else mean(counts)
 
     def _timed_inputs(self) -> list[BatchFeature]:
         """The first question about each of the first pictures, ready for the model; the first of them only warms up."""
@@ -227,6 +215,7 @@ class Benchmark:
             "model": self.model,
             "data": self.source.name,
             "split": self.source.split,
+            "trained_on": self.trained_on,
             "n": len(self.encoded),
             "seed": self.seed,
             "machine": machine(self.lvlm),
@@ -282,6 +271,28 @@ class Benchmark:
         }
 
 
+def score_questions(encoded: EncodedSamples, method: Method, title: str) -> Cell:
+    """Scores of all samples, each of which sees tokens of its own."""
+    layers = encoded.lvlm.model.config.get_text_config().num_hidden_layers
+    scores: list[Tensor] = []
+    kept: list[float] = []
+    for start in track(range(0, len(encoded), QUESTIONS_AT_ONCE), title):
+        indices = range(start, min(start + QUESTIONS_AT_ONCE, len(encoded)))
+        visual = encoded.visual(indices)
+        selection = method.select(visual)
+        tokens = visual.tokens if selection.tokens is None else selection.tokens
+        scores.append(encoded.accuracy(indices, tokens, selection.keep_mask, method.within))
+        for count in selection.keep_mask.sum(1).tolist():
+            kept.append(mean(method.layer_counts(layers, count) or [count]))
+    return Cell(torch.cat(scores).tolist(), kept)
+
+
+def samples_digest(source: Source) -> str:
+    """A digest that changes with any question, answer or picture's name."""
+    samples = "\n".join(f"{s.image_id}\t{s.question}\t{s.answers}\t{s.box}" for s in source.samples)
+    return hashlib.sha256(samples.encode()).hexdigest()[:16]
+
+
 def mean(values: Sequence[float]) -> float:
     return sum(values) / len(values)
 
@@ -335,7 +346,8 @@ def write_json(path: Path, content: Any) -> None:
     write_text(path, json.dumps(content, indent=1) + "\n")
 
 
-def _check_out(out: Path, resume: bool, overwrite: bool) -> None:
+def check_out(out: Path, resume: bool, overwrite: bool) -> None:
+    """Raise ValueError unless a run may write into ``out``."""
     if resume and overwrite:
         raise ValueError("--resume and --overwrite exclude each other")
     if out.exists() and not out.is_dir():

@@ -14,11 +14,13 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 from matplotlib.figure import Figure
 
+from tprl.evaluate.ablation import ABLATION
 from tprl.evaluate.benchmark import RESULTS, write_text
 from tprl.evaluate.gallery import RIGHT
 from tprl.evaluate.tables import COLOURS, by_budget, draw_curves
 
 METRICS = "metrics.jsonl"
+ABLATION_COLOURS = ("#c2410c", "#2563eb", "#059669", "#7c3aed")
 KINDS = {
     "lost": "Right with every token, wrong after pruning",
     "kept": "Right with every token, and still right",
@@ -31,7 +33,8 @@ def write_report(folder: Path, run: Path | None, out: Path) -> None:
     """Write the page.
 
     Args:
-        folder: of ``tprl evaluate``, or of ``tprl benchmark``, which holds a folder for each set of questions.
+        folder: of ``tprl evaluate``, of ``tprl benchmark``, which holds a folder for each set of questions, or of
+            ``tprl ablate``, which may also be the folder ``ablation`` in it.
         run: of a training, for its curves; None looks for ``metrics.jsonl`` in ``folder``.
         out: the page.
 
@@ -40,8 +43,12 @@ def write_report(folder: Path, run: Path | None, out: Path) -> None:
         ValueError: a file is not what these commands write.
     """
     places = [folder] if (folder / RESULTS).is_file() else sorted(path.parent for path in folder.glob(f"*/{RESULTS}"))
-    if not places:
-        raise FileNotFoundError(f"there is no {RESULTS} in {folder} or in a folder in it; `tprl evaluate` writes one")
+    ablations = [path for path in (folder / ABLATION, folder / "ablation" / ABLATION) if path.is_file()]
+    if not places and not ablations:
+        raise FileNotFoundError(
+            f"there is no {RESULTS} in {folder} or in a folder in it, nor {ABLATION}; `tprl evaluate` writes the one, "
+            "`tprl ablate` the other"
+        )
     metrics = (run or folder) / METRICS
     if run and not metrics.is_file():
         raise FileNotFoundError(f"there is no {METRICS} in {run}; `tprl train` writes one")
@@ -52,8 +59,16 @@ def write_report(folder: Path, run: Path | None, out: Path) -> None:
         trim_blocks=True,
         lstrip_blocks=True,
     )
+    sections = [_section(place) for place in places]
+    ablation = _ablation(ablations[0]) if ablations else None
+    told = [section["results"] for section in sections] + ([ablation["results"]] if ablation else [])
     page = environment.get_template("report.html.j2").render(
-        sections=[_section(place) for place in places],
+        model=told[0]["model"],
+        told=told,
+        openmoji=any(results["data"].startswith("scenes") for results in told),
+        sections=sections,
+        transfers=transfers([section["results"] for section in sections]),
+        ablation=ablation,
         training=_svg(draw_training(_metrics(metrics)), METRICS) if metrics.is_file() else None,
         colours=COLOURS,
         kinds=KINDS,
@@ -82,6 +97,70 @@ def headlines(rows: Sequence[Row]) -> list[tuple[str, str]]:
             gap = 100 * (own[budget]["accuracy"] - best["accuracy"])
             figures.append((f"{gap:+.1f}", f"points against {best['method']}, the best other at {budget} tokens"))
     return figures
+
+
+def transfers(results: Sequence[Row]) -> Row | None:
+    """How a policy does on questions unlike those that it was trained on, and on those for comparison.
+
+    Returns:
+        ``budgets``, and ``rows`` with ``trained_on``, ``data``, ``n``, ``unpruned`` and, for every budget, ``cells``:
+        the shares of the unpruned accuracy that TPRL and the best other method keep, and the latter's name; None
+        where there is no such row. None where every policy was tested on what it was trained on.
+    """
+    known = [result for result in results if result.get("trained_on")]
+    if all(result["trained_on"] == result["data"] for result in known):
+        return None
+    budgets = sorted({row["budget"] for result in known for row in result["rows"] if row["budget"]}, reverse=True)
+    rows = [
+        {
+            "trained_on": result["trained_on"],
+            "data": result["data"],
+            "n": result["n"],
+            "unpruned": result["rows"][0]["accuracy_unpruned"],
+            "cells": [_transfer(result["rows"], budget) for budget in budgets],
+        }
+        for result in sorted(known, key=lambda result: (result["trained_on"], result["trained_on"] != result["data"]))
+    ]
+    return {"budgets": budgets, "rows": rows}
+
+
+def _transfer(rows: Sequence[Row], budget: int) -> Row | None:
+    shares = {row["method"]: row["accuracy"] / row["accuracy_unpruned"] for row in rows if row["budget"] == budget}
+    own = shares.pop("tprl", None)
+    best = max(shares, key=lambda name: shares[name], default=None)
+    return None if own is None else {"own": own, "best": best, "other": shares[best] if best else None}
+
+
+def draw_ablation(rows: Sequence[Row]) -> Figure:
+    """Every row's difference to the full method with its interval, one colour a budget."""
+    told = [row for row in rows if row["difference_points"] is not None and row["budget"] is not None]
+    names, budgets = list(dict.fromkeys(row["row"] for row in told)), list(dict.fromkeys(row["budget"] for row in told))
+    figure = Figure(figsize=(9.4, 0.8 + 0.36 * len(names)), layout="constrained")
+    axes = figure.subplots()
+    for number, budget in enumerate(budgets):
+        own = {row["row"]: row for row in told if row["budget"] == budget}
+        places = [place for place, name in enumerate(names) if name in own]
+        points = [own[names[place]]["difference_points"] for place in places]
+        ends = [own[names[place]]["difference_ci95"] for place in places]
+        around = [
+            [point - low for point, (low, _) in zip(points, ends, strict=True)],
+            [high - point for point, (_, high) in zip(points, ends, strict=True)],
+        ]
+        shift = 0.34 * ((number + 0.5) / len(budgets) - 0.5)
+        axes.errorbar(
+            points, [place + shift for place in places], xerr=around, fmt="o", markersize=4.5, linewidth=1.4,
+            color=ABLATION_COLOURS[number % len(ABLATION_COLOURS)], label=f"{budget} tokens",
+        )  # fmt: skip
+    axes.axvline(0, color="#111827", linewidth=0.9)
+    axes.set_yticks(range(len(names)), names)
+    axes.invert_yaxis()
+    axes.set_xlabel("points against the full method")
+    axes.grid(axis="x", color="#e5e7eb", linewidth=0.7)
+    axes.set_axisbelow(True)
+    axes.tick_params(length=0)
+    axes.spines[["top", "right", "left"]].set_visible(False)
+    axes.legend(frameon=False, fontsize=9, loc="center left", bbox_to_anchor=(1, 0.5))
+    return figure
 
 
 def dropped_path(kept: Sequence[int], rows: int, columns: int) -> str:
@@ -139,6 +218,23 @@ def _section(place: Path) -> dict[str, Any]:
     }
 
 
+def _ablation(path: Path) -> dict[str, Any]:
+    """What the template wants to know of an ablation."""
+    results = _json(path, "rows")
+    rows: list[Row] = results["rows"]
+    lines = [
+        {"name": name, **own[0], "cells": {row["budget"]: row for row in own}}
+        for name, own in ((name, list(group)) for name, group in groupby(rows, key=lambda row: row["row"]))
+    ]
+    told = any(row["difference_points"] is not None and row["budget"] is not None for row in rows)
+    return {
+        "results": results,
+        "budgets": list(dict.fromkeys(row["budget"] for row in rows)),
+        "groups": [(group, list(part)) for group, part in groupby(lines, key=lambda line: line["group"])],
+        "chart": _svg(draw_ablation(rows), path.name) if told else None,
+    }
+
+
 def _drawn(case: dict[str, Any], place: Path) -> dict[str, Any]:
     """A case of the gallery with its picture and overlays inside."""
     picture = base64.b64encode((place / case["picture"]).read_bytes()).decode()
@@ -170,7 +266,7 @@ def _json(path: Path, key: str) -> dict[str, Any]:
     except ValueError as error:
         raise ValueError(f"{path} is not JSON: {error}") from error
     if not isinstance(content, dict) or not isinstance(content.get(key), list):
-        raise ValueError(f"{path} has no list {key!r}; it was not written by `tprl evaluate`")
+        raise ValueError(f"{path} has no list {key!r}; it was not written by `tprl evaluate` or `tprl ablate`")
     return content
 
 

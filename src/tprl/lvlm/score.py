@@ -6,13 +6,14 @@ one under teacher forcing, so accuracy needs no generation token by token.
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import DynamicCache, PreTrainedModel
 
+from tprl.lvlm.cut import Positions
 from tprl.lvlm.families import BothWays
 from tprl.lvlm.in_model import dropping
 from tprl.lvlm.packing import IGNORE, Block, Packed, Prefix, pack
@@ -49,6 +50,9 @@ class AnswerScorer:
         both_ways: what attends in both directions, see ``tprl.lvlm.packing.pack``.
         tokens_per_pass: bound on tokens, padding included, in one forward pass; bounds memory.
 
+    Attributes:
+        positions: "original": kept tokens stay at their positions; "compact": positions count what is left.
+
     Raises:
         ValueError: the decoder attends by another implementation, which cannot take the masks of packed rows.
     """
@@ -64,6 +68,7 @@ class AnswerScorer:
         if attention not in ("sdpa", "eager"):
             raise ValueError(f"answers are scored with the attention 'sdpa' or 'eager', got {attention!r}")
         self.language, self.head, self.both_ways, self.tokens_per_pass = language, head, both_ways, tokens_per_pass
+        self.positions: Positions = "original"
 
     @torch.no_grad()
     def score(
@@ -135,6 +140,10 @@ class AnswerScorer:
     ) -> tuple[Packed, dict[str, Any]]:
         """The rows as a batch, and what the language model is to be called with."""
         packed = pack(prefix, keep_mask.cpu(), rows, self.both_ways).to(self.language.device)
+        if self.positions == "compact":
+            if len(packed.positions) > 1:
+                raise ValueError("positions 'compact' are not allowed where they are two-dimensional; 'original'")
+            packed = replace(packed, positions=packed.places[None])
         embeds = self.language.get_input_embeddings()(packed.ids)
         embeds = embeds.masked_scatter(packed.visual[..., None], tokens[keep_mask].to(embeds))
         inputs = {

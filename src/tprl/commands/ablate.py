@@ -1,0 +1,100 @@
+"""``tprl ablate``: trains the method with one part changed at a time and measures what the part is worth."""
+
+import shutil
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Annotated
+
+import tyro
+
+from tprl.commands.parse import parse_budgets, parse_names, parse_seeds
+from tprl.commands.train import PRESETS
+from tprl.config import PrunerConfig, TrainConfig
+from tprl.data import load_source
+from tprl.evaluate.ablation import Cells, compare, load_cells, measure, save_cells, write_ablation
+from tprl.evaluate.benchmark import check_out, commit, machine, samples_digest
+from tprl.lvlm.cache import EncodedSamples, weights_digest
+from tprl.pocket.assemble import cache_folder, open_lvlm
+from tprl.train.ablation import FULL, ROWS, train_row
+
+
+def ablate(
+    out: Path,
+    *,
+    rows: str = ",".join(ROWS),
+    seeds: str = "0",
+    budgets: str = "64,32",
+    data: str = "scenes",
+    split: str = "test",
+    n: int = 1000,
+    model: str = "pocket-llava",
+    preset: str = "default",
+    dtype: str = "auto",
+    device: str = "cpu",
+    cache: Path | None = None,
+    resume: bool = False,
+    overwrite: bool = False,
+    config: Annotated[TrainConfig | None, tyro.conf.arg(name="set")] = None,
+) -> None:
+    """Write ablation.json, ablation.csv and ablation.md after every row that is done.
+
+    Rows share encoded pictures, demonstrations and the stages on which they agree. More rows or seeds can be added with
+    --resume, for example three seeds for the rows that matter.
+
+    Args:
+        out: folder of the results and of all trainings.
+        rows: comma-separated; an unknown name lists all. Differences are taken to the row "full".
+        seeds: of the trainings, comma-separated.
+        budgets: visual tokens to keep when a row is measured, comma-separated.
+        data: of ``tprl evaluate``; its splits "train" and "val" are trained on.
+        split: that is measured.
+        n: number of questions measured.
+        model: "pocket-llava", or a folder or Hub id of a model.
+        preset: of ``tprl train``.
+        dtype: of the model: "auto", "float32" or "bfloat16".
+        device: "cpu" or "cuda".
+        cache: folder where encoded pictures are kept between runs; $TPRL_CACHE or ~/.cache/tprl unless given.
+        resume: go on with what the folder holds.
+        overwrite: throw away what the folder holds.
+        config: settings in the place of the preset's.
+    """
+    names, chosen_seeds, sizes = parse_names(rows), parse_seeds(seeds), parse_budgets(budgets)
+    if unknown := [name for name in names if name not in ROWS]:
+        raise ValueError(f"unknown rows {', '.join(unknown)}; known: {', '.join(ROWS)}")
+    if preset not in PRESETS:
+        raise ValueError(f"preset {preset!r} is not one of {', '.join(PRESETS)}")
+    settings = config or PRESETS[preset]
+    check_out(out, resume, overwrite)
+    sources = load_source(data, "train", settings.samples), load_source(data, "val", settings.validation)
+    test = load_source(data, split, n)
+    if overwrite:
+        shutil.rmtree(out, ignore_errors=True)
+    lvlm = open_lvlm(model, dtype, device)
+    shape = PrunerConfig(lvlm.width, lvlm.fingerprint)
+    cache = cache or cache_folder()
+    encoded = EncodedSamples(lvlm, test, cache)
+    made_from = {
+        "weights": weights_digest(lvlm), "samples": samples_digest(test), "budgets": sizes,
+        "settings": asdict(replace(settings, seed=0)),
+    }  # fmt: skip
+    about = {
+        "model": model, "data": test.name, "split": test.split, "n": len(encoded), "machine": machine(lvlm),
+        "commit": commit(), "settings": made_from["settings"],
+    }  # fmt: skip
+    (out / "cells").mkdir(parents=True, exist_ok=True)
+
+    found: dict[str, dict[int, Cells]] = {name: {} for name in ROWS}
+    for name in ROWS:
+        for path in sorted((out / "cells").glob(f"{name}@*.json")):
+            found[name][int(path.stem.partition("@")[2])] = load_cells(path, made_from)
+    for name in names:
+        row = ROWS[name]
+        for seed in chosen_seeds:
+            if seed not in found[name]:
+                seeded = replace(settings, seed=seed)
+                pruner = train_row(row, out / "trainings", lvlm, sources, shape, seeded, cache).to(lvlm.device)
+                found[name][seed] = measure(encoded, pruner, sizes, row.positions, f"{name}, seed {seed}")
+                save_cells(out / "cells" / f"{name}@{seed}.json", made_from, found[name][seed])
+            done = {name: cells for name, cells in found.items() if cells}
+            write_ablation({**about, "rows": compare(done, {name: ROWS[name].group for name in done}, FULL)}, out)
+    print((out / "ablation.md").read_text())

@@ -1,0 +1,120 @@
+"""The ablation: what each part of the method is worth. One row a change, everything else as in the row "full".
+
+Rows that agree on their first stages share them, so that a row which changes nothing but PPO costs PPO alone.
+"""
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from tprl.config import PpoStage, PrunerConfig, TrainConfig
+from tprl.data.sample import Source
+from tprl.lvlm.cache import weights_digest
+from tprl.lvlm.cut import Positions
+from tprl.lvlm.model import Lvlm
+from tprl.pruner import CONFIG, TokenPruner
+from tprl.run import RunFolder
+from tprl.train import autoencoder, imitate, ppo
+from tprl.train.pipeline import STAGES, train
+
+FULL = "full"
+
+
+@dataclass(frozen=True)
+class Row:
+    """A change of the method.
+
+    Attributes:
+        group: what the row is about.
+        stages: that are trained.
+        shape: settings of the pruner in the place of the given ones.
+        imitate: settings of the imitation.
+        ppo: settings of PPO.
+        steps: T, of demonstrations, which lose their first budgets, and of episodes; None leaves both.
+        positions: of the kept tokens when the row is measured.
+    """
+
+    group: str
+    stages: tuple[str, ...] = STAGES
+    shape: Mapping[str, Any] = field(default_factory=dict)
+    imitate: Mapping[str, Any] = field(default_factory=dict)
+    ppo: Mapping[str, Any] = field(default_factory=dict)
+    steps: int | None = None
+    positions: Positions = "original"
+
+    def settings(self, shape: PrunerConfig, config: TrainConfig) -> tuple[PrunerConfig, TrainConfig]:
+        """The row's own settings, from those of the row "full"."""
+        demonstrations, episodes = replace(config.imitate, **self.imitate), replace(config.ppo, **self.ppo)
+        if self.steps is not None:
+            demonstrations = replace(demonstrations, budgets=demonstrations.budgets[-self.steps :])
+            episodes = replace(episodes, horizon=self.steps)
+        return replace(shape, **self.shape), replace(config, imitate=demonstrations, ppo=episodes)
+
+
+HEURISTICS = ("text-attention", "fastervlm", "divprune", "cdpruner")
+
+ROWS: dict[str, Row] = {
+    FULL: Row("learning"),
+    "demonstrations-only": Row("learning", (autoencoder.NAME, imitate.NAME)),
+    "ppo-only": Row("learning", (autoencoder.NAME, ppo.NAME)),
+    "no-autoencoder": Row("state", shape={"use_autoencoder": False}),
+    **{f"latent-{width}": Row("state", shape={"latent": width}) for width in (16, 32, 128)},
+    "no-question": Row("state", shape={"use_question": False}),
+    **{f"teacher-{name}": Row("teacher", imitate={"teachers": (name,)}) for name in HEURISTICS},
+    "teacher-search": Row("teacher", imitate={"teachers": (*HEURISTICS, imitate.SEARCH)}),
+    "steps-1": Row("episode", steps=1),
+    "steps-2": Row("episode", steps=2),
+    "sparse-score": Row("reward", ppo={"score": "correct"}),
+    "critic": Row("reward", ppo={"baseline": "critic"}),
+    "compact-positions": Row("positions", positions="compact"),
+}
+"""All rows. "full" is the default: every teacher competes, T = 3, dense score, group baseline, original positions."""
+
+
+def train_row(
+    row: Row,
+    folder: Path,
+    lvlm: Lvlm,
+    sources: tuple[Source, Source],
+    shape: PrunerConfig,
+    config: TrainConfig,
+    cache: Path,
+) -> TokenPruner:
+    """The row's pruner, from ``folder`` as far as it was trained there already.
+
+    Args:
+        sources: training and validation samples.
+        shape: of the pruner of the row "full".
+        config: of its training.
+        cache: of encoded pictures and demonstrations.
+    """
+    shape, config = row.settings(shape, config)
+    pruner, made_from = None, ""
+    for stages in _parts(row.stages):
+        part = config if ppo.NAME in stages else replace(config, ppo=_reward_only(config.ppo))
+        settings = {
+            "model": weights_digest(lvlm), "data": [source.name for source in sources], "shape": asdict(shape),
+            "settings": asdict(part), "stages": stages, "start": made_from,
+        }  # fmt: skip
+        made_from = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:16]
+        run = folder / made_from
+        if not (run / "pruner" / CONFIG).exists():
+            train(RunFolder(run, settings, resume=True), lvlm, sources, shape, part, stages, pruner, cache)
+        pruner = TokenPruner.from_pretrained(run / "pruner", lvlm.fingerprint)
+    assert pruner is not None
+    return pruner
+
+
+def _parts(stages: tuple[str, ...]) -> list[tuple[str, ...]]:
+    """The trainings one after the other: PPO by itself where it follows an imitation that other rows share."""
+    if stages == STAGES:
+        return [stages[:-1], stages[-1:]]
+    return [stages]
+
+
+def _reward_only(settings: PpoStage) -> PpoStage:
+    """PPO's settings as far as demonstrations are chosen by them."""
+    return PpoStage(score=settings.score, alpha=settings.alpha, beta=settings.beta, gamma=settings.gamma)

@@ -1,0 +1,123 @@
+"""The ablation's table against sums by hand, and the whole recipe through the real command line."""
+
+import json
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from evaluate.world import World, save_world, tiny_lvlm
+from tprl.config import PrunerConfig, TrainConfig
+from tprl.evaluate.ablation import ablation_table, compare
+from tprl.evaluate.benchmark import Cell
+from tprl.train.ablation import FULL, ROWS
+from tprl.train.pipeline import STAGES
+
+SETTINGS = [
+    "set:train-config", "--set.samples", 24, "--set.validation", 8, "--set.autoencoder.steps", 2,
+    "--set.autoencoder.pictures", 2, "--set.imitate.demonstrations", 16, "--set.imitate.epochs", 1,
+    "--set.imitate.batch", 8, "--set.imitate.budgets", 8, 4, 2, "--set.imitate.search-rounds", 1,
+    "--set.ppo.epochs", 2, "--set.ppo.questions", 4, "--set.ppo.rollouts", 2,
+]  # fmt: skip
+NAMES = ("full", "demonstrations-only", "ppo-only", "teacher-search", "steps-1", "compact-positions")
+MACHINE = {"cpu": "A", "dtype": "float32", "torch": "2"}
+
+
+def test_rows_by_hand() -> None:
+    """Four questions, two seeds; the row has one seed in common with the full method and one of its own."""
+    measured = {
+        "full": {0: {8: Cell([1, 1, 0, 0], [8] * 4)}, 1: {8: Cell([1, 1, 1, 1], [8] * 4)}},
+        "critic": {0: {8: Cell([0, 1, 0, 0], [8, 8, 8, 4])}, 2: {8: Cell([0, 0, 0, 0], [8] * 4)}},
+        "no-question": {1: {8: Cell([0.5, 0.5, 1, 1], [8] * 4)}},
+    }
+    rows = {row["row"]: row for row in compare(measured, dict.fromkeys(measured, "g"), "full")}
+    assert rows["full"]["accuracy"] == 0.75
+    assert rows["full"]["accuracy_sd"] == pytest.approx(0.5 / 2**0.5)
+    assert rows["full"]["difference_points"] is None
+    assert rows["critic"]["seeds"] == [0, 2]
+    assert rows["critic"]["accuracy"] == 0.125
+    assert rows["critic"]["kept_mean"] == 7.5
+    assert rows["critic"]["difference_points"] == -25  # of seed 0, question by question: -1, 0, 0, 0
+    low, high = rows["critic"]["difference_ci95"]
+    assert low == pytest.approx(-75, abs=1)
+    assert high == 0
+    assert rows["no-question"]["difference_points"] == -25
+    assert rows["no-question"]["accuracy_sd"] is None
+    alone = compare({"critic": measured["critic"]}, {"critic": "g"}, "full")
+    assert alone[0]["difference_points"] is None
+    results = {"model": "m", "data": "d", "split": "test", "n": 4, "machine": MACHINE, "commit": "abc"}
+    table = ablation_table({**results, "rows": list(rows.values())})
+    assert "| g | critic | 2 | 12.5% \u00b1 17.7, -25.0 (-75.0 to +0.0) |" in table
+
+
+def test_every_row_changes_what_it_says_and_nothing_else() -> None:
+    shape, config = PrunerConfig(8, "f"), TrainConfig()
+    assert ROWS[FULL].settings(shape, config) == (shape, config)
+    seen = set()
+    for name, row in ROWS.items():
+        settings = (*row.settings(shape, config), row.stages, row.positions)
+        assert settings not in seen, name
+        seen.add(settings)
+    assert ROWS["steps-2"].settings(shape, config)[1] == replace(
+        config, imitate=replace(config.imitate, budgets=(48, 16)), ppo=replace(config.ppo, horizon=2)
+    )
+    assert ROWS["latent-16"].settings(shape, config) == (replace(shape, latent=16), config)
+    assert all(set(row.stages) <= set(STAGES) for row in ROWS.values())
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("world")
+    lvlm = tiny_lvlm()
+    lvlm.model.save_pretrained(folder / "model")
+    lvlm.processor.save_pretrained(folder / "model")
+    save_world(folder, World(12))
+    return folder
+
+
+def ablate(world: Path, *more: object) -> subprocess.CompletedProcess[str]:
+    data = ["--model", world / "model", "--data", world / "world.jsonl", "--dtype", "float32", "--n", 12]
+    arguments = ["ablate", world / "out", *data, "--budgets", "4,2", "--cache", world / "cache", *more, *SETTINGS]
+    command = [sys.executable, "-m", "tprl.cli", *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, timeout=400, check=False)
+
+
+def written(world: Path) -> dict[str, Any]:
+    content: dict[str, Any] = json.loads((world / "out" / "ablation.json").read_text())
+    return content
+
+
+def test_the_recipe_trains_measures_and_goes_on(world: Path) -> None:
+    refused = ablate(world, "--rows", "full,no-luck")
+    assert refused.returncode == 2
+    assert "unknown rows no-luck; known: full, demonstrations-only" in refused.stderr
+    assert not (world / "out").exists()
+    outcome = ablate(world, "--rows", ",".join(NAMES))
+    assert outcome.returncode == 0, outcome.stderr
+    rows = written(world)["rows"]
+    assert [(row["row"], row["budget"]) for row in rows] == [(name, b) for name in NAMES for b in (4, 2, None)]
+    by_name = {(row["row"], row["budget"]): row for row in rows}
+    assert all((row["difference_points"] is None) == (row["row"] == "full") for row in rows)
+    assert by_name["full", 4]["kept_mean"] == 4
+    out = world / "out"
+    assert (out / "ablation.csv").read_text().count("\n") == 1 + len(rows)
+    assert (out / "ablation.md").read_text() in outcome.stdout
+    # full, demonstrations-only and compact-positions share one imitation; PPO follows it by itself
+    runs = {path.parent.name: json.loads(path.read_text()) for path in out.glob("trainings/*/config.json")}
+    stages = sorted(tuple(run["stages"]) for run in runs.values())
+    assert stages == sorted(
+        [("autoencoder", "imitate")] * 3 + [("ppo",)] * 3 + [("autoencoder", "ppo")]
+    )  # those of full, teacher-search and steps-1; that of ppo-only
+    before = {path: path.stat().st_mtime_ns for path in out.rglob("*.safetensors")}
+    again = ablate(world, "--rows", "full,demonstrations-only", "--seeds", "0,3", "--resume")
+    assert again.returncode == 0, again.stderr
+    assert all(path.stat().st_mtime_ns == time for path, time in before.items())
+    rows = written(world)["rows"]
+    assert [row["seeds"] for row in rows if row["budget"] == 2] == [[0, 3], [0, 3], [0], [0], [0], [0]]
+    assert ablate(world, "--rows", "full").returncode == 2  # the folder is there
+    other = ablate(world, "--rows", "full", "--resume", "--budgets", "3")
+    assert other.returncode == 2
+    assert "other settings" in other.stderr

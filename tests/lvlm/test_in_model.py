@@ -240,7 +240,7 @@ def test_a_packed_batch_decides_by_the_question_not_by_the_answer() -> None:
     assert torch.equal(hidden[0][0, : last[0] + 1], hidden[1][0, : last[0] + 1])
     assert not torch.equal(hidden[0][0, last[0] + 1], hidden[1][0, last[0] + 1])
     for row, (block,) in enumerate(rows):
-        end = packed.start + len(block.ids)
+        end = int(packed.start[row]) + len(block.ids)
         single = torch.cat([table(torch.tensor([1, 2])), tokens[row], table(torch.tensor(block.ids))])[None]
         with dropping(model, FastV(2), visual=visual[row : row + 1, :end], last=last[row : row + 1],
                       budgets=torch.tensor([3])) as alone:  # fmt: skip

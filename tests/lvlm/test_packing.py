@@ -124,9 +124,8 @@ def test_what_would_be_wrong_is_told_apart(model: LlamaForCausalLM) -> None:
     wanted, shown, keep = expected(model, rows), pictures(4), masks()
     indices, real = kept_indices(keep)
     anew = packed.positions.clone()
-    anew[..., len(BEFORE) : packed.start] = len(BEFORE) + torch.arange(indices.shape[1])
-    anew[..., packed.start :] -= VISUAL - indices.shape[1]
-    squeezed = anew - (packed.positions >= len(BEFORE) + VISUAL) * (indices.shape[1] - real.sum(1))[:, None]
+    anew[packed.visual[None]] = len(BEFORE) + torch.arange(indices.shape[1]).expand(4, -1)[real]
+    squeezed = anew - (packed.positions >= len(BEFORE) + VISUAL) * (VISUAL - real.sum(1))[:, None]
     causal = torch.ones_like(packed.mask).tril()
     wrong = {
         "positions": logits_of(model, replace(packed, positions=squeezed), shown, keep),
@@ -142,9 +141,8 @@ def test_padding_is_never_seen(model: LlamaForCausalLM) -> None:
     embeds_at = packed.ids.clone()
     blank = torch.ones_like(packed.ids, dtype=torch.bool)
     for row, keep in enumerate(masks()):
-        blank[row, : len(BEFORE) + int(keep.sum())] = False
-        blank[row, packed.start : packed.start + sum(len(block.ids) for block in rows[row])] = False
-    assert blank.any(1).tolist() == [True, True, True, True]
+        blank[row, : len(BEFORE) + int(keep.sum()) + sum(len(block.ids) for block in rows[row])] = False
+    assert blank.any(1).sum() == 3
     embeds_at[blank] = torch.randint(VOCAB, (int(blank.sum()),), generator=torch.Generator().manual_seed(3))
     before, after = (
         log_probs(logits_of(model, given, pictures(4), masks()), packed)
@@ -168,18 +166,19 @@ def test_a_layout_by_hand() -> None:
     keep = torch.tensor([[0, 1, 0, 1], [1, 0, 0, 0]]).bool()
     rows = [[Block([20, 21, 22], 2), Block([30, 31, 32], 1)], [Block([40, 41], 1)]]
     packed = pack(prefixes(2, [7, 8], 4), keep, rows)
-    assert packed.start == 4
+    assert packed.start.tolist() == [4, 3]
     assert packed.visual.int().tolist() == [[0, 0, 1, 1, 0, 0, 0, 0, 0, 0], [0, 0, 1, 0, 0, 0, 0, 0, 0, 0]]
-    assert packed.places[:, :7].tolist() == [[0, 1, 2, 3, 4, 5, 6], [0, 1, 2, 3, 3, 4, 0]]
-    assert packed.ids.tolist() == [[7, 8, 0, 0, 20, 21, 22, 30, 31, 32], [7, 8, 0, 0, 40, 41, 0, 0, 0, 0]]
+    assert packed.places[0].tolist() == [0, 1, 2, 3, 4, 5, 6, 4, 5, 6]
+    assert packed.places[1, :5].tolist() == [0, 1, 2, 3, 4]
+    assert packed.ids.tolist() == [[7, 8, 0, 0, 20, 21, 22, 30, 31, 32], [7, 8, 0, 40, 41, 0, 0, 0, 0, 0]]
     assert packed.positions[0, 0].tolist() == [0, 1, 3, 5, 6, 7, 8, 6, 7, 8]
-    assert packed.positions[0, 1, [0, 1, 2, 4, 5]].tolist() == [0, 1, 2, 6, 7]
+    assert packed.positions[0, 1, :5].tolist() == [0, 1, 2, 6, 7]
     none = IGNORE
     assert packed.targets.tolist() == [
         [none, none, none, none, none, 22, none, 31, 32, none],
-        [none, none, none, none, 41, none, none, none, none, none],
+        [none, none, none, 41, none, none, none, none, none, none],
     ]
-    assert packed.owners.tolist() == [[-1, -1, -1, -1, -1, 0, -1, 1, 1, -1], [-1, -1, -1, -1, 2, -1, -1, -1, -1, -1]]
+    assert packed.owners.tolist() == [[-1, -1, -1, -1, -1, 0, -1, 1, 1, -1], [-1, -1, -1, 2, -1, -1, -1, -1, -1, -1]]
     seen = [
         "1000000000", "1100000000", "1110000000", "1111000000",
         "1111100000", "1111110000", "1111111000",
@@ -187,8 +186,8 @@ def test_a_layout_by_hand() -> None:
     ]  # fmt: skip
     assert packed.mask.shape == (2, 1, 10, 10)
     assert ["".join(str(int(flag)) for flag in line) for line in packed.mask[0, 0]] == seen
-    assert packed.mask[1, 0, 4].int().tolist() == [1, 1, 1, 0, 1, 0, 0, 0, 0, 0]
-    assert packed.mask[1, 0, 5].int().tolist() == [1, 1, 1, 0, 1, 1, 0, 0, 0, 0]
+    assert packed.mask[1, 0, 3].int().tolist() == [1, 1, 1, 1, 0, 0, 0, 0, 0, 0]
+    assert packed.mask[1, 0, 4].int().tolist() == [1, 1, 1, 1, 1, 0, 0, 0, 0, 0]
 
 
 def test_nothing_before_the_picture() -> None:

@@ -3,7 +3,7 @@
 A row is ``[prefix without dropped visual tokens | block | block | ...]``: the prefix is the prompt up to the picture's
 last visual token, and questions about one picture whose kept tokens are the same share one row. A block (the rest of
 the prompt and an answer) sees the prefix and itself, and keeps the positions that it would have alone, after the
-*unpruned* picture. Rows of different length are padded between prefix and blocks and at the end; padding is never seen.
+*unpruned* picture. Rows of different length are padded at the end; padding is never seen.
 """
 
 from collections.abc import Sequence
@@ -68,7 +68,7 @@ class Packed:
         targets: int64 ``(B, L)``, the next token where that belongs to an answer, else ``IGNORE``.
         owners: int64 ``(B, L)``, where ``targets`` is set the number of the question in reading order, else -1.
         visual: bool ``(B, L)``, True where a visual token stands.
-        start: where the first block of every row begins.
+        start: int64 ``(B,)`` on the CPU, where the first block of every row begins.
     """
 
     ids: Tensor
@@ -78,7 +78,7 @@ class Packed:
     targets: Tensor
     owners: Tensor
     visual: Tensor
-    start: int
+    start: Tensor
 
     def to(self, device: torch.device) -> "Packed":
         tensors = {field.name: getattr(self, field.name) for field in fields(self) if field.name != "start"}
@@ -141,25 +141,24 @@ def pack(prefix: Prefix, keep_mask: Tensor, rows: Sequence[Sequence[Block]], bot
             answers do, so that a row has to hold one block.
     """
     columns, real = kept_indices(prefix.shown(keep_mask))
-    start = columns.shape[1]
-    length = start + max(sum(len(block.ids) for block in blocks) for blocks in rows)
+    start, widest = real.sum(1), columns.shape[1]
+    length = int((start + torch.tensor([sum(len(block.ids) for block in blocks) for blocks in rows])).max())
     shape = (len(rows), length)
-    ids, places = torch.zeros(shape, dtype=torch.int64), torch.zeros(shape, dtype=torch.int64)
+    ids, places = torch.zeros(shape, dtype=torch.int64), torch.arange(length).repeat(len(rows), 1)
     positions = torch.zeros(len(prefix.positions), *shape, dtype=torch.int64)
     part = torch.full(shape, -1)  # 0 = prefix, 1, 2, ... = blocks, -1 = padding
     visual, prompt = torch.zeros(shape, dtype=torch.bool), torch.zeros(shape, dtype=torch.bool)
     targets, owners = torch.full(shape, IGNORE), torch.full(shape, -1)
-    ids[:, :start] = prefix.ids.gather(1, columns) * real
-    positions[:, :, :start] = prefix.positions.gather(2, columns.expand(len(positions), -1, -1)) * real
-    places[:, :start] = torch.arange(start)
-    part[:, :start] = torch.where(real, 0, -1)
-    visual[:, :start] = prefix.visual.gather(1, columns) & real
-    prompt[:, :start] = real
+    ids[:, :widest] = prefix.ids.gather(1, columns) * real
+    positions[:, :, :widest] = prefix.positions.gather(2, columns.expand(len(positions), -1, -1)) * real
+    part[:, :widest] = torch.where(real, 0, -1)
+    visual[:, :widest] = prefix.visual.gather(1, columns) & real
+    prompt[:, :widest] = real
     told = prefix.positions.masked_fill(~prefix.real, -1)
     nexts = (nn.functional.pad(told, (1, 0), value=-1).amax((0, 2)) + 1).tolist()
     question = 0
-    for row, (blocks, before) in enumerate(zip(rows, real.sum(1).tolist(), strict=True)):
-        at = start
+    for row, (blocks, before) in enumerate(zip(rows, start.tolist(), strict=True)):
+        at = before
         for number, block in enumerate(blocks, 1):
             size = len(block.ids)
             end, answer = at + size, at + block.answer_start

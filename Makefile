@@ -2,7 +2,7 @@ VENV := .venv
 PYTHON := $(VENV)/bin/python
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: setup quickstart test test-slow test-vllm test-lmms
+.PHONY: setup quickstart test test-slow test-demo test-vllm test-lmms
 
 setup: $(VENV)/.ready
 
@@ -43,6 +43,20 @@ test-vllm: .venv-vllm/.ready
 
 test-lmms: .venv-lmms/.ready
 	.venv-lmms/bin/python -m pytest tests/lmms
+
+# gradio wants an older Pillow than the one that draws the core's pictures, so what the page adds lies in an environment
+# of its own, in front of the core's packages.
+DEMO := .venv-demo
+SITE := -c "import sysconfig; print(sysconfig.get_path('purelib'))"
+$(DEMO)/.ready: $(VENV)/.ready
+	python3 -m venv $(DEMO)
+	$(PYTHON) $(SITE) > "$$($(DEMO)/bin/python $(SITE))/core.pth"
+	$(DEMO)/bin/pip install --quiet --editable ".[demo]" playwright
+	touch $@
+
+# Needs a Chromium on the path: apt-get install chromium.
+test-demo: $(DEMO)/.ready
+	$(DEMO)/bin/python -m pytest -m demo tests/demo
 
 # Answers a question, draws what was kept, trains all three stages for a moment and measures the shipped pruner.
 QUICK := runs/quickstart

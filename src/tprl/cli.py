@@ -9,6 +9,7 @@ from importlib import import_module
 
 COMMANDS = {
     "answer": "answer a question about a picture, with and without pruning",
+    "demo": "serve a page to ask about pictures, and to see what was kept",
     "train": "train a pruner",
     "evaluate": "measure methods under budgets",
     "benchmark": "measure all methods on all data",

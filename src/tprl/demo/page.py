@@ -1,0 +1,133 @@
+"""The page itself: gradio's components, and what happens when one is touched."""
+
+import os
+from collections.abc import Callable
+from functools import partial, wraps
+from html import escape
+from pathlib import Path
+from typing import Any
+
+import tprl
+from tprl.data import load_source
+from tprl.demo.render import render
+from tprl.demo.visit import MAX_BYTES, MAX_QUESTION, STEPS, Amount, Visit, read_upload
+from tprl.lvlm.model import Lvlm
+from tprl.pruner import TokenPruner
+from tprl.selectors import IN_MODEL, SELECTORS
+
+os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # read when gradio is imported
+
+import gradio as gr
+
+STYLE = Path(tprl.__file__).parent / "assets" / "demo.css"
+FONTS = ("Inter", "Helvetica Neue", "Segoe UI", "Liberation Sans", "Arial", "sans-serif")
+"""Those of them that the visitor has; none is loaded."""
+PICTURES = 8
+BUDGET = 64
+PEER = "divprune"
+MODES = [("a number of tokens", "budget"), ("a threshold", "threshold"), ("step by step", "steps")]
+
+
+def build(lvlm: Lvlm, pruner: TokenPruner | None, title: str) -> gr.Blocks:
+    """The page for a model.
+
+    Args:
+        lvlm: answers; one question at a time, whoever asks.
+        pruner: the policy; without one only peers are compared.
+        title: name of the model.
+    """
+    samples = load_source("scenes", "test", 10 * PICTURES)
+    questions: dict[str, list[str]] = {}
+    for sample in samples.samples:
+        questions.setdefault(sample.image_id, []).append(sample.question)
+    scenes = [(samples.image(image_id), questions[image_id]) for image_id in list(questions)[:PICTURES]]
+
+    def begin(image: Any) -> tuple[Visit, Any]:
+        visit = Visit(lvlm, pruner, image)
+        return visit, gr.Slider(maximum=visit.total, value=min(BUDGET, visit.total))
+
+    def pick(index: int) -> tuple[Any, ...]:
+        image, asked = scenes[index]
+        return *begin(image), asked[0], gr.Dataset(samples=[[question] for question in asked], visible=True)
+
+    def pick_selected(event: gr.SelectData) -> tuple[Any, ...]:
+        return pick(int(event.index))
+
+    def take(path: str) -> tuple[Any, ...]:
+        return *begin(read_upload(Path(path))), gr.Dataset(visible=False)
+
+    def show(visit: Visit, question: str, mode: Any, budget: int, threshold: float, step: int, peer: str) -> str:
+        return render(visit, visit.compare(question, Amount(mode, int(budget), threshold, int(step)), peer))
+
+    def sliders(mode: str) -> tuple[Any, ...]:
+        shown = (mode != "threshold", mode == "threshold", mode == "steps")
+        return tuple(gr.Slider(visible=visible) for visible in shown)
+
+    with gr.Blocks(title="TPRL", analytics_enabled=False) as page:
+        visit = gr.State()
+        gr.HTML(f"<h1>What does the answer need to see?</h1><p>{escape(title)}, pruned by what is asked.</p>")
+        with gr.Row(equal_height=True):
+            with gr.Column(scale=5, min_width=360):
+                gallery = gr.Gallery(
+                    [image for image, _ in scenes], label="Pick a picture", columns=4, height="auto",
+                    allow_preview=False, buttons=[], interactive=False, elem_id="gallery",
+                )  # fmt: skip
+                upload = gr.UploadButton("or upload one", file_types=["image"], size="sm", elem_id="upload")
+            with gr.Column(scale=6, min_width=360):
+                question = gr.Textbox(label="Question", max_length=MAX_QUESTION, elem_id="question")
+                suggestions = gr.Dataset(components=[question], samples=[[""]], label="for example")
+                ask = gr.Button("Ask", variant="primary", elem_id="ask")
+        with gr.Row():
+            mode = gr.Radio(MODES, value="budget", label="Keep by", visible=pruner is not None, elem_id="mode")
+            budget = gr.Slider(1, BUDGET, BUDGET, step=1, label="Tokens kept", elem_id="budget")
+            threshold = gr.Slider(
+                0, 1, pruner.config.threshold if pruner else 0, step=0.01, label="Keep probability above",
+                visible=False, elem_id="threshold",
+            )  # fmt: skip
+            step = gr.Slider(0, STEPS, STEPS, step=1, label=f"Step of {STEPS}", visible=False, elem_id="step")
+            peer = gr.Dropdown([*SELECTORS, *IN_MODEL], value=PEER, label="Compare with", elem_id="peer")
+        result = gr.HTML(elem_id="result")
+
+        alone: dict[str, Any] = {"concurrency_id": "model", "concurrency_limit": 1, "api_visibility": "private"}
+        answer: dict[str, Any] = {
+            "fn": _telling(show), "inputs": [visit, question, mode, budget, threshold, step, peer],
+            "outputs": result, "trigger_mode": "always_last", "show_progress": "minimal", **alone,
+        }  # fmt: skip
+        scene = [visit, budget, question, suggestions]
+        page.load(partial(pick, 0), None, scene, **alone).then(**answer)
+        gallery.select(pick_selected, None, scene, **alone).then(**answer)
+        upload.upload(_telling(take), upload, [visit, budget, suggestions], **alone).success(**answer)
+        suggestions.click(lambda chosen: chosen[0], suggestions, question, api_visibility="private").then(**answer)
+        mode.input(sliders, mode, [budget, threshold, step], api_visibility="private").then(**answer)
+        gr.on([ask.click, question.submit, budget.input, threshold.input, step.input, peer.input], **answer)
+    return page
+
+
+def serve(page: gr.Blocks, host: str, port: int) -> None:
+    """Serve the page until the process is interrupted.
+
+    Raises:
+        OSError: the port is taken.
+    """
+    theme = gr.themes.Base(
+        primary_hue="orange", neutral_hue="stone", font=FONTS, font_mono=("Liberation Mono", "monospace")
+    )
+    _, address, _ = page.launch(
+        share=False, server_name=host, server_port=port, max_file_size=MAX_BYTES, theme=theme, css_paths=STYLE,
+        footer_links=[], run_history=False, ssr_mode=False, quiet=True, prevent_thread_lock=True,
+    )  # fmt: skip
+    print(f"the demo is at {address} until Ctrl-C", flush=True)
+    page.block_thread()
+
+
+def _telling(function: Callable[..., Any]) -> Callable[..., Any]:
+    """The same, and what is wrong with a visitor's input is a sentence on the page."""
+
+    @wraps(function)
+    def told(*args: Any) -> Any:
+        try:
+            return function(*args)
+        except ValueError as error:
+            raise gr.Error(escape(str(error)), title="This does not work", print_exception=False) from error
+
+    return told

@@ -22,7 +22,7 @@ SETTINGS = [
     "--set.imitate.batch", 8, "--set.imitate.budgets", 8, 4, 2, "--set.imitate.search-rounds", 1,
     "--set.ppo.epochs", 2, "--set.ppo.questions", 4, "--set.ppo.rollouts", 2,
 ]  # fmt: skip
-NAMES = ("full", "demonstrations-only", "ppo-only", "teacher-search", "steps-1", "compact-positions")
+NAMES = ("full", "demonstrations-only", "ppo-only", "steps-1", "compact-positions")
 MACHINE = {"cpu": "A", "dtype": "float32", "torch": "2"}
 
 
@@ -82,7 +82,7 @@ def ablate(world: Path, *more: object) -> subprocess.CompletedProcess[str]:
     data = ["--model", world / "model", "--data", world / "world.jsonl", "--dtype", "float32", "--n", 12]
     arguments = ["ablate", world / "out", *data, "--budgets", "4,2", "--cache", world / "cache", *more, *SETTINGS]
     command = [sys.executable, "-m", "tprl.cli", *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, timeout=400, check=False)
+    return subprocess.run(command, capture_output=True, text=True, timeout=240, check=False)
 
 
 def written(world: Path) -> dict[str, Any]:
@@ -105,18 +105,16 @@ def test_the_recipe_trains_measures_and_goes_on(world: Path) -> None:
     out = world / "out"
     assert (out / "ablation.csv").read_text().count("\n") == 1 + len(rows)
     assert (out / "ablation.md").read_text() in outcome.stdout
-    # full, demonstrations-only and compact-positions share one imitation; PPO follows it by itself
+    # full, demonstrations-only and compact-positions share one imitation, steps-1 has its own; PPO follows by itself
     runs = {path.parent.name: json.loads(path.read_text()) for path in out.glob("trainings/*/config.json")}
     stages = sorted(tuple(run["stages"]) for run in runs.values())
-    assert stages == sorted(
-        [("autoencoder", "imitate")] * 3 + [("ppo",)] * 3 + [("autoencoder", "ppo")]
-    )  # those of full, teacher-search and steps-1; that of ppo-only
+    assert stages == [("autoencoder", "imitate")] * 2 + [("autoencoder", "ppo")] + [("ppo",)] * 2
     before = {path: path.stat().st_mtime_ns for path in out.rglob("*.safetensors")}
     again = ablate(world, "--rows", "full,demonstrations-only", "--seeds", "0,3", "--resume")
     assert again.returncode == 0, again.stderr
     assert all(path.stat().st_mtime_ns == time for path, time in before.items())
     rows = written(world)["rows"]
-    assert [row["seeds"] for row in rows if row["budget"] == 2] == [[0, 3], [0, 3], [0], [0], [0], [0]]
+    assert [row["seeds"] for row in rows if row["budget"] == 2] == [[0, 3], [0, 3], [0], [0], [0]]
     assert ablate(world, "--rows", "full").returncode == 2  # the folder is there
     other = ablate(world, "--rows", "full", "--resume", "--budgets", "3")
     assert other.returncode == 2

@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 
 from tprl.commands.report import report
-from tprl.evaluate.report import dropped_path, headlines
+from tprl.evaluate.report import draw_ablation, dropped_path, headlines, transfers
 
 
 def row(method: str, budget: int | None, accuracy: float) -> dict[str, Any]:
@@ -29,9 +29,18 @@ ROWS += [row("uniform", 4, 0.6), row("fastv", 4, 0.7)]
 MACHINE = {"cpu": "A & B", "cores": 2, "threads": 1, "device": "cpu", "torch": "2", "dtype": "float32"}
 
 
-def write(folder: Path, data: str = "scenes") -> None:
+def write(folder: Path, data: str = "scenes", **more: Any) -> None:
     folder.mkdir(parents=True, exist_ok=True)
-    results = {"model": "m", "data": data, "split": "test", "n": 10, "seed": 0, "machine": MACHINE, "commit": "abc"}
+    results = {
+        **more,
+        "model": "m",
+        "data": data,
+        "split": "test",
+        "n": 10,
+        "seed": 0,
+        "machine": MACHINE,
+        "commit": "abc",
+    }
     (folder / "results.json").write_text(json.dumps({**results, "rows": ROWS}))
 
 
@@ -105,6 +114,86 @@ def test_a_folder_of_folders_is_one_page(tmp_path: Path) -> None:
     assert len(set(tags.ids)) == len(tags.ids)
 
 
+def ablated(name: str, budget: int | None, difference: float | None) -> dict[str, Any]:
+    return {
+        "group": "learning", "row": name, "seeds": [0, 1], "budget": budget, "kept_mean": 4.0, "accuracy": 0.8,
+        "accuracy_sd": 0.011, "difference_points": difference,
+        "difference_ci95": None if difference is None else [difference - 2, difference + 1],
+    }  # fmt: skip
+
+
+ABLATED = [ablated("full", budget, None) for budget in (16, None)]
+ABLATED += [ablated("no-question", budget, -7.25) for budget in (16, None)]
+
+
+def write_ablated(folder: Path) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    results = {"model": "m", "data": "scenes-tiles", "split": "test", "n": 10, "machine": MACHINE, "commit": "abc"}
+    (folder / "ablation.json").write_text(json.dumps({**results, "rows": ABLATED}))
+
+
+def test_an_ablation_is_a_section_or_a_page_of_its_own(tmp_path: Path) -> None:
+    write(tmp_path)
+    write_ablated(tmp_path / "ablation")
+    write_ablated(tmp_path / "alone")
+    for folder, sections in ((tmp_path, 2), (tmp_path / "alone", 1)):
+        report(folder)
+        page = (folder / "report.html").read_text()
+        tags = Tags(page)
+        assert tags.open == []
+        assert page.count("<section>") == sections
+        assert "What each part is worth" in page
+        assert "-7.2 (-9.2 to -6.2)" in page
+        assert "± 1.1" in page
+        assert "no-question" in page
+        assert "OpenMoji" in page  # the things in the pictures, whatever lies behind them
+    assert "What each part is worth" not in page_without_ablation(tmp_path / "plain")
+
+
+def page_without_ablation(folder: Path) -> str:
+    write(folder)
+    report(folder)
+    return (folder / "report.html").read_text()
+
+
+def test_only_rows_that_are_compared_are_drawn() -> None:
+    figure = draw_ablation([*ABLATED, ablated("critic", 4, 1.5)])
+    axes = figure.axes[0]
+    assert [label.get_text() for label in axes.get_yticklabels()] == ["no-question", "critic"]
+    centres = [container.lines[0].get_xdata().tolist() for container in axes.containers]
+    assert centres == [[-7.25], [1.5]]
+    (low, _), (high, _) = axes.containers[0].lines[2][0].get_segments()[0]
+    assert (low, high) == (-9.25, -6.25)
+
+
+def test_a_policy_beyond_its_training_data(tmp_path: Path) -> None:
+    write(tmp_path / "out" / "scenes", trained_on="scenes")
+    write(tmp_path / "out" / "others", "easy-vqa")  # nobody knows by what it was pruned
+    report(tmp_path / "out")
+    assert "Beyond the training data" not in (tmp_path / "out" / "report.html").read_text()
+    write(tmp_path / "out" / "tiles", "scenes-tiles", trained_on="scenes")
+    report(tmp_path / "out")
+    page = (tmp_path / "out" / "report.html").read_text()
+    assert Tags(page).open == []
+    table = page[page.index("Beyond the training data") :].split("</table>")[0]
+    assert re.findall(r"<tr[^>]*><td>([^<]+)</td>\s*<td[^>]*>([^<]+)</td>", table) == [
+        ("scenes", "scenes"), ("scenes", "scenes-tiles"),
+    ]  # fmt: skip
+    assert "98.9 <small>88.9 uniform</small>" in table  # 0.89 and 0.8 of 0.9 at 16 tokens
+    assert "94.4 <small>77.8 fastv</small>" in table
+
+
+def test_shares_of_the_unpruned_accuracy_by_hand() -> None:
+    result = {"trained_on": "a", "data": "b", "n": 3, "rows": [row("tprl", 8, 0.45), row("tprl", None, 0.9)]}
+    found = transfers([result, {**result, "data": "a", "rows": [row("random", 4, 0.3)]}])
+    assert found is not None
+    assert found["budgets"] == [8, 4]
+    assert [line["data"] for line in found["rows"]] == ["a", "b"]
+    assert found["rows"][0]["cells"] == [None, None]  # no policy there
+    assert found["rows"][1]["cells"] == [{"own": 0.5, "best": None, "other": None}, None]
+    assert transfers([{**result, "data": "a"}, {**result, "trained_on": None}]) is None
+
+
 def test_headlines_say_what_the_rows_say() -> None:
     assert headlines(ROWS) == [
         ("10", "tokens kept on average where each question decides, no accuracy lost"),
@@ -121,7 +210,7 @@ def test_dropped_path_covers_what_was_not_kept() -> None:
 
 
 def test_errors_name_the_file(tmp_path: Path) -> None:
-    with pytest.raises(FileNotFoundError, match=r"there is no results.json in .*; `tprl evaluate` writes one"):
+    with pytest.raises(FileNotFoundError, match=r"there is no results.json in .*, nor ablation.json; `tprl evaluate`"):
         report(tmp_path)
     write(tmp_path)
     with pytest.raises(FileNotFoundError, match=r"there is no metrics.jsonl in .*run"):

@@ -59,7 +59,7 @@ def write_report(folder: Path, run: Path | None, out: Path) -> None:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    sections = [_section(place) for place in places]
+    sections = sorted((_section(place) for place in places), key=lambda section: _is_transfer(section["results"]))
     ablation = _ablation(ablations[0]) if ablations else None
     told = [section["results"] for section in sections] + ([ablation["results"]] if ablation else [])
     page = environment.get_template("report.html.j2").render(
@@ -108,7 +108,7 @@ def transfers(results: Sequence[Row]) -> Row | None:
         where there is no such row. None where every policy was tested on what it was trained on.
     """
     known = [result for result in results if result.get("trained_on")]
-    if all(result["trained_on"] == result["data"] for result in known):
+    if not any(map(_is_transfer, known)):
         return None
     budgets = sorted({row["budget"] for result in known for row in result["rows"] if row["budget"]}, reverse=True)
     rows = [
@@ -119,9 +119,14 @@ def transfers(results: Sequence[Row]) -> Row | None:
             "unpruned": result["rows"][0]["accuracy_unpruned"],
             "cells": [_transfer(result["rows"], budget) for budget in budgets],
         }
-        for result in sorted(known, key=lambda result: (result["trained_on"], result["trained_on"] != result["data"]))
+        for result in sorted(known, key=lambda result: (result["trained_on"], _is_transfer(result)))
     ]
     return {"budgets": budgets, "rows": rows}
+
+
+def _is_transfer(results: Row) -> bool:
+    """Whether the policy was tested on something else than it was trained on."""
+    return results.get("trained_on") not in (None, results["data"])
 
 
 def _transfer(rows: Sequence[Row], budget: int) -> Row | None:

@@ -128,16 +128,16 @@ def test_a_person_asks_and_moves_the_slider(page: Any) -> None:
 
 def test_threshold_and_steps(page: Any) -> None:
     tprl = Result(page, "tprl")
-    page.get_by_label("a threshold").check()
+    page.get_by_label("threshold", exact=True).check()
     page.locator("#threshold input[type=range]").fill("0")
     tprl.wait_for(576)
     assert kept(page).all()
-    page.get_by_label("step by step").check()
+    page.get_by_label("steps", exact=True).check()
     page.locator("#step input[type=range]").fill("2")
     tprl.wait_for(round(576 * (16 / 576) ** (2 / 3)))
     page.locator("#step input[type=range]").fill("0")
     tprl.wait_for(576)
-    page.get_by_label("a number of tokens").check()
+    page.get_by_label("budget", exact=True).check()
     tprl.wait_for(16)
 
 

@@ -25,7 +25,9 @@ FONTS = ("Inter", "Helvetica Neue", "Segoe UI", "Liberation Sans", "Arial", "san
 PICTURES = 8
 BUDGET = 64
 PEER = "divprune"
-MODES = [("a number of tokens", "budget"), ("a threshold", "threshold"), ("step by step", "steps")]
+MODES = ["budget", "threshold", "steps"]
+SUGGESTIONS = 6
+"""Questions offered about a picture."""
 
 
 def build(lvlm: Lvlm, pruner: TokenPruner | None, title: str) -> gr.Blocks:
@@ -48,7 +50,11 @@ def build(lvlm: Lvlm, pruner: TokenPruner | None, title: str) -> gr.Blocks:
 
     def pick(index: int) -> tuple[Any, ...]:
         image, asked = scenes[index]
-        return *begin(image), asked[0], gr.Dataset(samples=[[question] for question in asked], visible=True)
+        return (
+            *begin(image),
+            asked[0],
+            gr.Dataset(samples=[[question] for question in asked[:SUGGESTIONS]], visible=True),
+        )
 
     def pick_selected(event: gr.SelectData) -> tuple[Any, ...]:
         return pick(int(event.index))
@@ -66,25 +72,28 @@ def build(lvlm: Lvlm, pruner: TokenPruner | None, title: str) -> gr.Blocks:
     with gr.Blocks(title="TPRL", analytics_enabled=False) as page:
         visit = gr.State()
         gr.HTML(f"<h1>What does the answer need to see?</h1><p>{escape(title)}, pruned by what is asked.</p>")
+        gallery = gr.Gallery(
+            [image for image, _ in scenes], show_label=False, container=False, columns=PICTURES, height="auto",
+            allow_preview=False, buttons=[], interactive=False, elem_id="gallery",
+        )  # fmt: skip
         with gr.Row(equal_height=True):
-            with gr.Column(scale=5, min_width=360):
-                gallery = gr.Gallery(
-                    [image for image, _ in scenes], label="Pick a picture", columns=4, height="auto",
-                    allow_preview=False, buttons=[], interactive=False, elem_id="gallery",
-                )  # fmt: skip
-                upload = gr.UploadButton("or upload one", file_types=["image"], size="sm", elem_id="upload")
-            with gr.Column(scale=6, min_width=360):
-                question = gr.Textbox(label="Question", max_length=MAX_QUESTION, elem_id="question")
-                suggestions = gr.Dataset(components=[question], samples=[[""]], label="for example")
-                ask = gr.Button("Ask", variant="primary", elem_id="ask")
-        with gr.Row():
+            question = gr.Textbox(
+                show_label=False, container=False, placeholder="Ask about the picture", max_length=MAX_QUESTION,
+                scale=8, elem_id="question",
+            )  # fmt: skip
+            ask = gr.Button("Ask", variant="primary", scale=1, min_width=90, elem_id="ask")
+            upload = gr.UploadButton(
+                "Upload a picture", file_types=["image"], size="md", scale=2, min_width=150, elem_id="upload"
+            )
+        suggestions = gr.Dataset(components=[question], samples=[[""]], show_label=False, elem_id="suggestions")
+        with gr.Row(elem_id="controls"):
             mode = gr.Radio(MODES, value="budget", label="Keep by", visible=pruner is not None, elem_id="mode")
-            budget = gr.Slider(1, BUDGET, BUDGET, step=1, label="Tokens kept", elem_id="budget")
+            budget = gr.Slider(1, BUDGET, BUDGET, step=1, label="Tokens kept", buttons=[], elem_id="budget")
             threshold = gr.Slider(
                 0, 1, pruner.config.threshold if pruner else 0, step=0.01, label="Keep probability above",
-                visible=False, elem_id="threshold",
+                visible=False, buttons=[], elem_id="threshold",
             )  # fmt: skip
-            step = gr.Slider(0, STEPS, STEPS, step=1, label=f"Step of {STEPS}", visible=False, elem_id="step")
+            step = gr.Slider(0, STEPS, STEPS, step=1, label="Step", visible=False, buttons=[], elem_id="step")
             peer = gr.Dropdown([*SELECTORS, *IN_MODEL], value=PEER, label="Compare with", elem_id="peer")
         result = gr.HTML(elem_id="result")
 

@@ -23,6 +23,8 @@ STYLE = Path(tprl.__file__).parent / "assets" / "demo.css"
 FONTS = ("Inter", "Helvetica Neue", "Segoe UI", "Liberation Sans", "Arial", "sans-serif")
 """Those of them that the visitor has; none is loaded."""
 PICTURES = 8
+VISITS = 100
+"""Visitors whose pictures are held at once."""
 BUDGET = 64
 PEER = "divprune"
 MODES = ["budget", "threshold", "steps"]
@@ -44,25 +46,24 @@ def build(lvlm: Lvlm, pruner: TokenPruner | None, title: str) -> gr.Blocks:
         questions.setdefault(sample.image_id, []).append(sample.question)
     scenes = [(samples.image(image_id), questions[image_id]) for image_id in list(questions)[:PICTURES]]
 
-    def begin(image: Any) -> tuple[Visit, Any]:
+    def begin(image: Any, held: int) -> tuple[Visit, Any]:
         visit = Visit(lvlm, pruner, image)
-        return visit, gr.Slider(maximum=visit.total, value=min(BUDGET, visit.total))
+        return visit, gr.Slider(maximum=visit.total, value=min(held, visit.total))
 
-    def pick(index: int) -> tuple[Any, ...]:
+    def pick(index: int, held: int) -> tuple[Any, ...]:
         image, asked = scenes[index]
-        return (
-            *begin(image),
-            asked[0],
-            gr.Dataset(samples=[[question] for question in asked[:SUGGESTIONS]], visible=True),
-        )
+        offered = gr.Dataset(samples=[[question] for question in asked[:SUGGESTIONS]], visible=True)
+        return *begin(image, held), asked[0], offered
 
-    def pick_selected(event: gr.SelectData) -> tuple[Any, ...]:
-        return pick(int(event.index))
+    def pick_selected(held: int, event: gr.SelectData) -> tuple[Any, ...]:
+        return pick(int(event.index), held)
 
-    def take(path: str) -> tuple[Any, ...]:
-        return *begin(read_upload(Path(path))), gr.Dataset(visible=False)
+    def take(path: str, held: int) -> tuple[Any, ...]:
+        return *begin(read_upload(Path(path)), held), gr.Dataset(visible=False)
 
-    def show(visit: Visit, question: str, mode: Any, budget: int, threshold: float, step: int, peer: str) -> str:
+    def show(visit: Visit | None, question: str, mode: Any, budget: int, threshold: float, step: int, peer: str) -> str:
+        if visit is None:
+            raise ValueError("There is no picture yet; pick or upload one.")
         return render(visit, visit.compare(question, Amount(mode, int(budget), threshold, int(step)), peer))
 
     def sliders(mode: str) -> tuple[Any, ...]:
@@ -103,9 +104,9 @@ def build(lvlm: Lvlm, pruner: TokenPruner | None, title: str) -> gr.Blocks:
             "outputs": result, "trigger_mode": "always_last", "show_progress": "minimal", **alone,
         }  # fmt: skip
         scene = [visit, budget, question, suggestions]
-        page.load(partial(pick, 0), None, scene, **alone).then(**answer)
-        gallery.select(pick_selected, None, scene, **alone).then(**answer)
-        upload.upload(_telling(take), upload, [visit, budget, suggestions], **alone).success(**answer)
+        page.load(partial(pick, 0), budget, scene, **alone).then(**answer)
+        gallery.select(pick_selected, budget, scene, **alone).then(**answer)
+        upload.upload(_telling(take), [upload, budget], [visit, budget, suggestions], **alone).success(**answer)
         suggestions.click(lambda chosen: chosen[0], suggestions, question, api_visibility="private").then(**answer)
         mode.input(sliders, mode, [budget, threshold, step], api_visibility="private").then(**answer)
         gr.on([ask.click, question.submit, budget.input, threshold.input, step.input, peer.input], **answer)
@@ -123,7 +124,8 @@ def serve(page: gr.Blocks, host: str, port: int) -> None:
     )
     _, address, _ = page.launch(
         share=False, server_name=host, server_port=port, max_file_size=MAX_BYTES, theme=theme, css_paths=STYLE,
-        footer_links=[], run_history=False, ssr_mode=False, quiet=True, prevent_thread_lock=True,
+        state_session_capacity=VISITS, footer_links=[], run_history=False, ssr_mode=False, quiet=True,
+        prevent_thread_lock=True,
     )  # fmt: skip
     print(f"the demo is at {address} until Ctrl-C", flush=True)
     page.block_thread()

@@ -12,7 +12,7 @@ FLOORS = {
     "autoencoder": 1, "match": 1, "policy": 1, "rewards": 1, "scoring": 1, "selectors": 1,
     "data": 2, "lvlm": 2,
     "demonstrations": 3, "env": 3, "pruner": 3, "run": 3,
-    "api": 4, "evaluate": 4, "pocket": 4, "train": 4,
+    "api": 4, "evaluate": 4, "pocket": 4, "profiling": 4, "train": 4,
     "cli": 5, "commands": 5, "demo": 5, "lmms": 5, "serving": 5,
 }  # fmt: skip
 EXCEPTIONS = {("scoring", "tprl.data.sample")}

@@ -9,7 +9,8 @@ import pytest
 import torch
 from torch import nn
 
-from tprl.run import RunFolder, Stage, fit
+from tprl.checkpoint import load_checkpoint
+from tprl.run import TIMES, RunFolder, Stage, fit
 
 STEPS = 7
 
@@ -19,23 +20,26 @@ def make_stage(steps: int = STEPS, stop_at: int | None = None, poison_at: int | 
     torch.manual_seed(0)
     module = nn.Linear(3, 2)
     optimizer = torch.optim.AdamW(module.parameters(), lr=0.1)
+    batch: dict[str, torch.Tensor] = {}
 
     def update(step: int) -> dict[str, float]:
         if step == stop_at:
             os.kill(os.getpid(), signal.SIGTERM)
         generator = torch.Generator().manual_seed(step)
-        rows = torch.randn(5, 3, generator=generator)
+        rows = batch["rows"] = torch.randn(5, 3, generator=generator)
         loss = (module(rows) - rows[:, :2]).pow(2).mean()
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
         return {"loss": float("nan") if step == poison_at else loss.item()}
 
-    return Stage("toy", steps, module, optimizer, update)
+    return Stage("toy", steps, module, optimizer, update, batch)
 
 
 def metrics(folder: Path) -> list[dict[str, float]]:
-    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    """All but what a clock told."""
+    entries = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [{name: value for name, value in entry.items() if name not in TIMES} for entry in entries]
 
 
 def uninterrupted(folder: Path) -> tuple[list[dict[str, float]], torch.Tensor]:
@@ -88,7 +92,10 @@ def test_values_that_are_not_finite_stop_the_run_and_are_saved(tmp_path: Path) -
     with pytest.raises(FloatingPointError, match=r"update 4 of toy .* loss"):
         fit(RunFolder(tmp_path / "run", {}), make_stage(poison_at=3), save_every=2)
     assert len(metrics(tmp_path / "run")) == 3
-    assert list((tmp_path / "run").glob("not-finite-toy-000004.safetensors"))
+    tensors, meta = load_checkpoint(tmp_path / "run" / "not-finite-toy-000004.safetensors")
+    assert meta["not_finite"] == ["loss"]
+    assert tensors.keys() == {"module.weight", "module.bias", "batch.rows"}
+    assert torch.equal(tensors["batch.rows"], torch.randn(5, 3, generator=torch.Generator().manual_seed(3)))
 
 
 def test_only_the_newest_two_checkpoints_stay(tmp_path: Path) -> None:
@@ -107,3 +114,21 @@ def test_a_folder_is_not_reused_by_accident(tmp_path: Path) -> None:
         RunFolder(tmp_path / "run", {"seed": 1}, resume=True, overwrite=True)
     RunFolder(tmp_path / "run", {"seed": 2}, overwrite=True)
     assert json.loads((tmp_path / "run" / "config.json").read_text()) == {"seed": 2}
+
+
+def test_metrics_go_to_tensorboard_if_asked(tmp_path: Path) -> None:
+    pytest.importorskip("tensorboard")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    fit(RunFolder(tmp_path / "run", {}, tensorboard=True), make_stage(), save_every=2)
+    events = EventAccumulator(str(tmp_path / "run" / "tensorboard")).Reload()
+    seen = [(event.step, event.value) for event in events.Scalars("toy/loss")]
+    assert seen == [(line["step"], pytest.approx(line["loss"])) for line in metrics(tmp_path / "run")]
+
+
+def test_a_checkpoint_of_other_versions_is_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("tprl.__version__", "0.0.1")
+        fit(RunFolder(tmp_path / "run", {}), make_stage(4), save_every=2)
+    fit(RunFolder(tmp_path / "run", {}, resume=True), make_stage(), save_every=2)
+    assert "0.0.1" in capsys.readouterr().err

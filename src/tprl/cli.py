@@ -14,6 +14,7 @@ COMMANDS = {
     "evaluate": "measure methods under budgets",
     "benchmark": "measure all methods on all data",
     "ablate": "train with one part changed at a time, and measure what it is worth",
+    "profile": "tell where the time of training and of an answer goes",
     "report": "make a page of results",
     "flops": "count a model's FLOPs at token budgets",
     "data": "make data, or look at them: sheet, make",

@@ -93,6 +93,6 @@ class PruningEnv:
             raise RuntimeError(f"the episode has taken {len(self.states) - 1} of {self.horizon} steps")
         states = torch.stack(self.states, 1)
         after = score(states[:, 1:].transpose(0, 1)).T
-        scores = torch.cat([unpruned_score[:, None], after], 1)
+        scores = torch.cat([unpruned_score[:, None], after], 1).to(states.device)
         rewards = step_rewards(scores, states.sum(-1), self.alpha, self.beta)
         return Trajectory(states, states[:, 1:], rewards, scores)

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from tprl.autoencoder import TokenAutoencoder
 from tprl.checkpoint import DamagedCheckpoint, save_tensors, save_text
+from tprl.clock import phase
 from tprl.config import PrunerConfig
 from tprl.match import MATCHES, question_match
 from tprl.policy import Policy, PolicyOutput
@@ -49,6 +50,7 @@ class TokenPruner(nn.Module):
         """Visual tokens as the autoencoder reads them: float32, centred, unit variance over the training pictures."""
         return (tokens.float() - self.token_mean) * self.token_scale
 
+    @phase("policy: latents")
     def encode(self, visual: VisualTokens) -> Tensor:
         """What the policy sees of every visual token, ``(B, N, L + MATCHES)``: its latents (the token itself without
         the autoencoder) and how it matches the question."""
@@ -57,6 +59,7 @@ class TokenPruner(nn.Module):
         match = question_match(visual) if self.config.use_question else latents.new_zeros(*latents.shape[:2], MATCHES)
         return torch.cat([latents, match], 2)
 
+    @phase("policy: look")
     def look(self, latents: Tensor, visual: VisualTokens, state: Tensor, rows: Tensor | None = None) -> PolicyOutput:
         """The policy's output for states. Tokens that a state does not hold cost nothing; their logits are 0.
 

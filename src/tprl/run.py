@@ -2,11 +2,12 @@
 
     RUN/config.json        what was asked for
     RUN/metrics.jsonl      one line an update
+    RUN/tensorboard/       the same for TensorBoard, if asked for
     RUN/checkpoints/       the newest two of every stage
     RUN/pruner/            the result
 
 A stage's update is a function of the step's number and of what the checkpoint holds, so a resumed run ends exactly as
-one that was never interrupted.
+one that was never interrupted. Of several processes only the first writes.
 """
 
 import json
@@ -14,16 +15,19 @@ import math
 import shutil
 import signal
 import sys
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 from rich.console import Console
-from torch import nn
+from torch import Tensor, nn
 
+import tprl
+from tprl import processes
 from tprl.checkpoint import (
     DamagedCheckpoint,
     load_checkpoint,
@@ -31,10 +35,13 @@ from tprl.checkpoint import (
     optimizer_tensors,
     prefixed,
     save_checkpoint,
+    save_text,
     with_prefix,
 )
 
 KEPT_CHECKPOINTS = 2
+TIMES = ("seconds", "rollouts_per_second")
+"""Metrics that differ from run to run."""
 
 
 class RunFolder:
@@ -45,14 +52,30 @@ class RunFolder:
         config: JSON-able settings, all that the result depends on.
         resume: go on with the run that stands there.
         overwrite: delete what stands there and begin anew.
+        tensorboard: write metrics for TensorBoard too.
 
     Raises:
         ValueError: the folder exists and neither ``resume`` nor ``overwrite`` is given, both are, or the run there has
-            other settings.
+            other settings; TensorBoard is not installed.
     """
 
-    def __init__(self, folder: Path, config: dict[str, Any], resume: bool = False, overwrite: bool = False) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        config: dict[str, Any],
+        resume: bool = False,
+        overwrite: bool = False,
+        tensorboard: bool = False,
+    ) -> None:
         self.folder, self.checkpoints = folder, folder / "checkpoints"
+        first = processes.is_first()
+        make_board = _tensorboard() if tensorboard and first else None
+        with processes.first_alone():
+            self._open(config, resume or not first, overwrite and first)
+        self._board = make_board(str(folder / "tensorboard")) if make_board else None
+
+    def _open(self, config: dict[str, Any], resume: bool, overwrite: bool) -> None:
+        folder = self.folder
         if resume and overwrite:
             raise ValueError("give one of --resume and --overwrite, not both")
         if folder.exists() and any(folder.iterdir()):
@@ -66,15 +89,20 @@ class RunFolder:
             if found != config:
                 differing = sorted(key for key in found.keys() | config.keys() if found.get(key) != config.get(key))
                 raise ValueError(f"the run in {folder} has other settings of {', '.join(differing)}; it cannot go on")
-        self.checkpoints.mkdir(parents=True, exist_ok=True)
-        partial = folder / "config.json.partial"
-        partial.write_text(json.dumps(config, indent=2) + "\n")
-        partial.replace(folder / "config.json")
+        if processes.is_first():
+            self.checkpoints.mkdir(parents=True, exist_ok=True)
+            save_text(folder / "config.json", json.dumps(config, indent=2) + "\n")
 
     def log(self, stage: str, step: int, metrics: dict[str, float]) -> None:
         """Append one line to the metrics."""
+        if not processes.is_first():
+            return
         with (self.folder / "metrics.jsonl").open("a") as file:
             file.write(json.dumps({"stage": stage, "step": step, **metrics}) + "\n")
+        if self._board is not None:
+            for name, value in metrics.items():
+                self._board.add_scalar(f"{stage}/{name}", value, step)
+            self._board.flush()
 
     def logged(self, stage: str) -> bool:
         """Whether the metrics hold anything of ``stage``."""
@@ -85,7 +113,7 @@ class RunFolder:
     def rewind(self, stage: str, step: int) -> None:
         """Forget metrics of ``stage`` behind ``step``, which a resumed run will write again."""
         path = self.folder / "metrics.jsonl"
-        if not path.exists():
+        if not path.exists() or not processes.is_first():
             return
         kept = []
         for line in path.read_text().splitlines(keepends=True):
@@ -94,19 +122,23 @@ class RunFolder:
             entry = json.loads(line)
             if entry["stage"] != stage or entry["step"] <= step:
                 kept.append(line)
-        partial = path.with_suffix(".partial")
-        partial.write_text("".join(kept))
-        partial.replace(path)
+        save_text(path, "".join(kept))
 
     def save(self, stage: str, step: int, module: nn.Module, optimizer: torch.optim.Optimizer) -> None:
         """Write a checkpoint and delete all but the newest of the stage."""
+        if not processes.is_first():
+            return
         tensors = prefixed(module.state_dict().items(), "module.") | optimizer_tensors(optimizer)
-        save_checkpoint(self.checkpoints / f"{stage}-{step:06d}.safetensors", tensors, {"step": step})
+        save_checkpoint(self.checkpoints / f"{stage}-{step:06d}.safetensors", tensors, _origin(step))
         for old in self._saved(stage)[KEPT_CHECKPOINTS:]:
             old.unlink()
 
     def restore(self, stage: str, module: nn.Module, optimizer: torch.optim.Optimizer) -> int:
         """Load the newest checkpoint of a stage that is whole; returns its step, 0 if there is none."""
+        with processes.first_alone():
+            return self._restore(stage, module, optimizer)
+
+    def _restore(self, stage: str, module: nn.Module, optimizer: torch.optim.Optimizer) -> int:
         for path in self._saved(stage):
             try:
                 tensors, meta = load_checkpoint(path)
@@ -116,6 +148,8 @@ class RunFolder:
                 continue
             module.load_state_dict(with_prefix(tensors, "module."))
             load_optimizer(optimizer, tensors)
+            if (own := _origin(0)["versions"]) != (theirs := meta.get("versions", own)):
+                print(f"{path} was written with {theirs}; going on with {own}", file=sys.stderr)
             return int(meta["step"])
         return 0
 
@@ -133,6 +167,7 @@ class Stage:
         module: what is trained.
         optimizer: holds the parameters that are.
         update: does update number ``step`` and returns its metrics.
+        batch: what the newest update worked on, by name; saved where it gave values that are not finite.
     """
 
     name: str
@@ -140,30 +175,34 @@ class Stage:
     module: nn.Module
     optimizer: torch.optim.Optimizer
     update: Callable[[int], dict[str, float]]
+    batch: dict[str, Tensor] = field(default_factory=dict)
 
 
 def fit(run: RunFolder, stage: Stage, save_every: int) -> None:
     """Do all updates of a stage that are not done yet.
 
     Raises:
-        FloatingPointError: a metric or a parameter is not finite; the module is saved for inspection.
+        FloatingPointError: a metric or a parameter is not finite; module and batch are saved for inspection.
         SystemExit: SIGTERM or Ctrl-C came; what is done is saved first.
     """
     done = run.restore(stage.name, stage.module, stage.optimizer)
     run.rewind(stage.name, done)
     with _stopped_gently() as stopped, _table(stage) as show:
         for step in range(done, stage.steps):
+            start = time.perf_counter()
             metrics = stage.update(step)
+            metrics["seconds"] = time.perf_counter() - start
             _check_finite(run, stage, step, metrics)
             run.log(stage.name, step + 1, metrics)
             show(step + 1, metrics)
-            if stopped or (step + 1) % save_every == 0 or step + 1 == stage.steps:
+            stop = processes.agreed(bool(stopped))
+            if stop or (step + 1) % save_every == 0 or step + 1 == stage.steps:
                 run.save(stage.name, step + 1, stage.module, stage.optimizer)
-            if stopped:
-                print(
-                    f"stopped and saved after update {step + 1} of {stage.name}; go on with --resume", file=sys.stderr
-                )
-                raise SystemExit(128 + stopped[0])
+            if stop:
+                if processes.is_first():
+                    told = f"stopped and saved after update {step + 1} of {stage.name}"
+                    print(f"{told}; go on with --resume", file=sys.stderr)
+                raise SystemExit(128 + (stopped or [signal.SIGTERM])[0])
 
 
 def _check_finite(run: RunFolder, stage: Stage, step: int, metrics: dict[str, float]) -> None:
@@ -171,10 +210,27 @@ def _check_finite(run: RunFolder, stage: Stage, step: int, metrics: dict[str, fl
     wrong += [name for name, weight in stage.module.named_parameters() if not bool(weight.isfinite().all())]
     if wrong:
         path = run.folder / f"not-finite-{stage.name}-{step + 1:06d}.safetensors"
-        save_checkpoint(path, dict(stage.module.state_dict()), {"step": step + 1, "not_finite": wrong})
+        if processes.is_first():
+            tensors = prefixed(stage.module.state_dict().items(), "module.") | prefixed(stage.batch.items(), "batch.")
+            save_checkpoint(path, tensors, _origin(step + 1) | {"not_finite": wrong})
         raise FloatingPointError(
             f"update {step + 1} of {stage.name} gave values that are not finite: {', '.join(wrong[:5])}; see {path}"
         )
+
+
+def _origin(step: int) -> dict[str, Any]:
+    """What a checkpoint says of itself. Config and seed stand in the run's ``config.json``; all random numbers and the
+    place in the data follow from the seed and the step."""
+    return {"step": step, "versions": {"tprl": tprl.__version__, "torch": str(torch.__version__)}}
+
+
+def _tensorboard() -> Any:
+    """TensorBoard's writer, imported only if asked for."""
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError as error:
+        raise ValueError("--tensorboard needs TensorBoard: pip install 'tprl[tensorboard]'") from error
+    return SummaryWriter
 
 
 @contextmanager
@@ -218,7 +274,9 @@ def _table(stage: Stage) -> Iterator[Callable[[int, dict[str, float]], None]]:
             line = "  ".join(f"{name} {value:.4g}" for name, value in metrics.items())
             print(f"{stage.name} {step}/{stage.steps}  {line}", file=sys.stderr, flush=True)
 
-    if console.is_terminal:
+    if not processes.is_first():
+        yield lambda step, metrics: None
+    elif console.is_terminal:
         with Live(progress, console=console, transient=True) as live:
             yield show
     else:

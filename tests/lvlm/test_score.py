@@ -126,7 +126,7 @@ def test_methods_inside_the_model_prune_each_row_as_alone(
 def test_passes_hold_no_more_than_asked_and_little_padding(lvlm: Lvlm, scorer: AnswerScorer) -> None:
     keep = torch.arange(16).expand(40, -1) < torch.arange(40)[:, None] % 17
     rows = [[block(lvlm, row)] for row in range(40)]
-    before = scorer.shown, scorer.slots
+    scorer.padding_share()
     passes = scorer._passes(1 + keep.sum(1), rows)
     assert sorted(row for chosen in passes for row in chosen) == list(range(40))
     shown = slots = 0
@@ -135,5 +135,5 @@ def test_passes_hold_no_more_than_asked_and_little_padding(lvlm: Lvlm, scorer: A
         assert len(chosen) == 1 or len(chosen) * max(lengths) <= 100
         assert sum(lengths) > 0.9 * len(chosen) * max(lengths)
         shown, slots = shown + sum(lengths), slots + len(chosen) * max(lengths)
+    assert scorer.padding_share() == pytest.approx(1 - shown / slots)
     assert shown < slots
-    assert (scorer.shown - before[0], scorer.slots - before[1]) == (shown, slots)

@@ -39,9 +39,20 @@ class Puzzle:
         """Where the needed token lies, ``(B,)``."""
         return (self.order[list(indices)] == self.needed[list(indices)][:, None]).int().argmax(1)
 
-    def score(self, indices: Sequence[int], tokens: Tensor, keep_mask: Tensor) -> AnswerScores:
+    def score(
+        self,
+        indices: Sequence[int],
+        tokens: Tensor,
+        keep_mask: Tensor,
+        within: None = None,
+        pictures: Tensor | None = None,
+    ) -> AnswerScores:
+        assert pictures is None or torch.equal(tokens[pictures], self.visual(indices).tokens)
         found = keep_mask.gather(1, self.place(indices)[:, None])[:, 0]
         return AnswerScores(torch.where(found, 0.0, LOST), found)
+
+    def accuracy(self, indices: Sequence[int], tokens: Tensor, keep_mask: Tensor) -> Tensor:
+        return self.score(indices, tokens, keep_mask).correct.float()
 
 
 def make_pruner(seed: int = 0) -> TokenPruner:

@@ -2,7 +2,8 @@
 
 import torch
 
-from tprl.train.imitate import imitation_loss, score_function, survival_targets, unpruned_scores
+from tprl.demonstrations import MemoScore
+from tprl.train.imitate import imitation_loss, survival_targets, unpruned_scores, worth_function
 from train.puzzle import Puzzle, make_pruner
 
 
@@ -49,7 +50,7 @@ def test_scores_of_all_steps_come_in_one_call() -> None:
     masks[1, 1] = torch.nn.functional.one_hot(puzzle.place([1]), 12).bool()[0]
     for kind, lost in (("log_likelihood", -2.0), ("correct", 0.0)):
         best = 0.0 if kind == "log_likelihood" else 1.0
-        scores = score_function(puzzle, indices, visual.tokens, kind)(masks)  # type: ignore[arg-type]
+        scores = MemoScore(worth_function(puzzle, indices, visual.tokens, kind))(masks)  # type: ignore[arg-type]
         assert scores[0].tolist() == [best] * 3
         assert scores[1, 1] == best
         assert scores[1, 0] == (best if int(puzzle.place([4])) == 0 else lost)

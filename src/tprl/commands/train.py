@@ -5,13 +5,16 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Annotated
 
+import torch
 import tyro
 from rich.console import Console
 from rich.table import Table
 
+from tprl import processes
 from tprl.config import AutoencoderStage, ImitateStage, PpoStage, PrunerConfig, TrainConfig
 from tprl.data import load_source
 from tprl.pocket.assemble import cache_folder, open_lvlm
+from tprl.pocket.precision import fastest_dtype
 from tprl.pruner import TokenPruner
 from tprl.run import RunFolder
 from tprl.train.pipeline import STAGES
@@ -59,6 +62,7 @@ def train(
     cache: Path | None = None,
     resume: bool = False,
     overwrite: bool = False,
+    tensorboard: bool = False,
     config: Annotated[TrainConfig | None, tyro.conf.arg(name="set")] = None,
 ) -> None:
     """Train a pruner; the result stands in RUN/pruner.
@@ -77,10 +81,11 @@ def train(
         use_question: --no-use-question hides the question from the policy.
         use_autoencoder: --no-use-autoencoder lets the policy read the tokens themselves.
         dtype: of the model: "auto", "float32" or "bfloat16".
-        device: "cpu" or "cuda".
+        device: "cpu" or "cuda"; each of several processes takes a GPU of its own.
         cache: folder where encoded pictures are kept between runs; ~/.cache/tprl unless given.
         resume: go on with the run in the folder.
         overwrite: delete the run in the folder first.
+        tensorboard: write the metrics to RUN/tensorboard too.
         config: settings in the place of the preset's.
     """
     if preset not in PRESETS:
@@ -97,16 +102,18 @@ def train(
         load_source(data, "train", settings.samples, skip_bad, images),
         load_source(val_data or data, "val", settings.validation, skip_bad, images),
     )
-    folder = RunFolder(run, asked, resume, overwrite)
-    lvlm = open_lvlm(model, dtype, device)
-    shape = PrunerConfig(lvlm.width, lvlm.fingerprint, use_question=use_question, use_autoencoder=use_autoencoder)
-    if preset == "paper":
-        shape = replace(
-            PrunerConfig.paper(lvlm.width, lvlm.fingerprint), use_question=use_question, use_autoencoder=use_autoencoder
-        )
-    start = TokenPruner.from_pretrained(init, lvlm.fingerprint) if init else None
-    run_training(folder, lvlm, sources, shape, settings, names, start, cache or cache_folder())
-    _print_summary(run)
+    with processes.joined(device) as own_device:
+        folder = RunFolder(run, asked, resume, overwrite, tensorboard)
+        if dtype == "auto":  # measured, so processes have to agree
+            fast = processes.agreed(fastest_dtype(own_device) == torch.bfloat16)
+            dtype = "bfloat16" if fast else "float32"
+        lvlm = open_lvlm(model, dtype, own_device)
+        sized = PrunerConfig.paper if preset == "paper" else PrunerConfig
+        shape = replace(sized(lvlm.width, lvlm.fingerprint), use_question=use_question, use_autoencoder=use_autoencoder)
+        start = TokenPruner.from_pretrained(init, lvlm.fingerprint) if init else None
+        run_training(folder, lvlm, sources, shape, settings, names, start, cache or cache_folder())
+        if processes.is_first():
+            _print_summary(run)
 
 
 def _print_summary(run: Path) -> None:

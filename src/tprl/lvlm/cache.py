@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from tprl.checkpoint import load_checkpoint, save_checkpoint, save_tensors
+from tprl.clock import phase
 from tprl.data.sample import Sample, Source
 from tprl.lvlm.model import EncodedPicture, Lvlm
 from tprl.lvlm.packing import Block, Prefix, make_prefix
@@ -82,6 +83,7 @@ class EncodedSamples:
     def __len__(self) -> int:
         return len(self.samples)
 
+    @phase("read")
     def visual(self, indices: Sequence[int]) -> VisualTokens:
         """The padded batch of samples ``indices``: pictures and their questions."""
         features = [self.features(self.samples[i].image_id) for i in indices]
@@ -134,11 +136,24 @@ class EncodedSamples:
         return self._prompts[index]
 
     def score(
-        self, indices: Sequence[int], tokens: Tensor, keep_mask: Tensor, within: Within | None = None
+        self,
+        indices: Sequence[int],
+        tokens: Tensor,
+        keep_mask: Tensor,
+        within: Within | None = None,
+        pictures: Tensor | None = None,
     ) -> AnswerScores:
-        """Scores of the reference answers of samples ``indices`` from the kept tokens, one row each."""
-        return self._scored(indices, tokens, keep_mask, [[self.block(i)] for i in indices], within)
+        """Scores of the reference answers of samples ``indices`` from the kept tokens, one row each.
 
+        Args:
+            tokens: ``(P, N, D)``.
+            keep_mask: bool ``(B, N)``.
+            within: drops more tokens inside the language model.
+            pictures: int64 ``(B,)``, the row of ``tokens`` that each sample looks at; each has its own where None.
+        """
+        return self._scored(indices, tokens, keep_mask, [[self.block(i)] for i in indices], within, pictures)
+
+    @phase("score")
     def _scored(
         self,
         firsts: Sequence[int],
@@ -146,9 +161,10 @@ class EncodedSamples:
         keep_mask: Tensor,
         rows: Sequence[Sequence[Block]],
         within: Within | None = None,
+        pictures: Tensor | None = None,
     ) -> AnswerScores:
         """Scores of rows whose first questions are those of samples ``firsts``."""
-        return self.scorer.score(self.prefix(firsts, tokens.shape[1] > 0), tokens, keep_mask, rows, within)
+        return self.scorer.score(self.prefix(firsts, tokens.shape[1] > 0), tokens, keep_mask, rows, within, pictures)
 
     def accuracy(
         self, indices: Sequence[int], tokens: Tensor, keep_mask: Tensor, within: Within | None = None

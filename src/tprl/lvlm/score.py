@@ -19,7 +19,6 @@ from tprl.lvlm.in_model import dropping
 from tprl.lvlm.packing import IGNORE, Block, Packed, Prefix, pack
 from tprl.selectors import InModel
 
-
 PADDING = 0.1
 """Share of a pass that padding stays below."""
 
@@ -56,8 +55,6 @@ class AnswerScorer:
 
     Attributes:
         positions: "original": kept tokens stay at their positions; "compact": positions count what is left.
-        shown: tokens that it has shown to the language model so far.
-        slots: the same with padding.
 
     Raises:
         ValueError: the decoder attends by another implementation, which cannot take the masks of packed rows.
@@ -75,7 +72,7 @@ class AnswerScorer:
             raise ValueError(f"answers are scored with the attention 'sdpa' or 'eager', got {attention!r}")
         self.language, self.head, self.both_ways, self.tokens_per_pass = language, head, both_ways, tokens_per_pass
         self.positions: Positions = "original"
-        self.shown = self.slots = 0
+        self._shown = self._slots = 0
 
     @torch.no_grad()
     def score(
@@ -85,15 +82,17 @@ class AnswerScorer:
         keep_mask: Tensor,
         rows: Sequence[Sequence[Block]],
         within: Within | None = None,
+        pictures: Tensor | None = None,
     ) -> AnswerScores:
         """Score every block of every row, in reading order.
 
         Args:
             prefix: what stands before the blocks of each of ``B`` rows.
-            tokens: visual tokens ``(B, N, D)``; an expanded view will do for a shared picture.
+            tokens: visual tokens of ``P`` pictures, ``(P, N, D)``.
             keep_mask: bool ``(B, N)``.
             rows: the questions about each row's kept tokens, each with its answer.
             within: drops more of them inside the language model; then a row holds one question.
+            pictures: int64 ``(B,)``, the picture of each row; each has its own where None.
 
         Raises:
             ValueError: ``within`` is given and a row holds several questions.
@@ -105,10 +104,12 @@ class AnswerScorer:
             given = list(range(len(rows)))
         firsts = torch.tensor([0, *(len(blocks) for blocks in rows)]).cumsum(0)
         log_prob, correct = torch.zeros(int(firsts[-1])), torch.zeros(int(firsts[-1]), dtype=torch.bool)
+        pictures = torch.arange(len(keep_mask)) if pictures is None else pictures
         before = prefix.shown(keep_mask.cpu()).sum(1)[given]
         for chosen in self._passes(before, rows):
             source = [given[i] for i in chosen]
-            scores = self._pass(prefix[source], tokens[source], keep_mask[source], [rows[i] for i in chosen], within)
+            kept = _kept(tokens, pictures[source], keep_mask[source])
+            scores = self._pass(prefix[source], kept, keep_mask[source], [rows[i] for i in chosen], within)
             at = torch.cat([torch.arange(int(firsts[i]), int(firsts[i + 1])) for i in chosen])
             log_prob[at], correct[at] = scores.log_prob, scores.correct
         return AnswerScores(log_prob, correct)
@@ -137,22 +138,24 @@ class AnswerScorer:
         rows = [[Block(prompt, len(prompt))] for prompt in prompts]
         for chosen in self._passes(prefix.shown(keep_mask.cpu()).sum(1), rows):
             chosen_rows = [rows[i] for i in chosen]
-            texts = self._greedy(prefix[chosen], tokens[chosen], keep_mask[chosen], chosen_rows, end, limit, within)
+            kept = _kept(tokens, torch.tensor(chosen), keep_mask[chosen])
+            texts = self._greedy(prefix[chosen], kept, keep_mask[chosen], chosen_rows, end, limit, within)
             for i, answer in zip(chosen, texts, strict=True):
                 answers[i] = answer[: answer.index(end)] if end in answer else answer
         return answers
 
     def prepare(
-        self, prefix: Prefix, tokens: Tensor, keep_mask: Tensor, rows: Sequence[Sequence[Block]]
+        self, prefix: Prefix, kept: Tensor, keep_mask: Tensor, rows: Sequence[Sequence[Block]]
     ) -> tuple[Packed, dict[str, Any]]:
-        """The rows as a batch, and what the language model is to be called with."""
+        """The rows as a batch, and what the language model is to be called with; ``kept (K, D)`` are the kept tokens
+        of all rows in reading order."""
         packed = pack(prefix, keep_mask.cpu(), rows, self.both_ways).to(self.language.device)
         if self.positions == "compact":
             if len(packed.positions) > 1:
                 raise ValueError("positions 'compact' are not allowed where they are two-dimensional; 'original'")
             packed = replace(packed, positions=packed.places[None])
         embeds = self.language.get_input_embeddings()(packed.ids)
-        embeds = embeds.masked_scatter(packed.visual[..., None], tokens[keep_mask].to(embeds))
+        embeds = embeds.masked_scatter(packed.visual[..., None], kept.to(embeds))
         inputs = {
             "inputs_embeds": embeds,
             "position_ids": _rows(packed.positions),
@@ -200,9 +203,15 @@ class AnswerScorer:
             else:
                 passes.append([i])
                 held = longest = lengths[i]
-            self.shown += lengths[i]
-        self.slots += sum(len(chosen) * lengths[chosen[0]] for chosen in passes)
+            self._shown += lengths[i]
+        self._slots += sum(len(chosen) * lengths[chosen[0]] for chosen in passes)
         return passes
+
+    def padding_share(self) -> float:
+        """Share of padding in what the language model was shown since this was asked last, in [0, 1]."""
+        share = 1 - self._shown / max(1, self._slots)
+        self._shown = self._slots = 0
+        return share
 
     @contextmanager
     def _dropping(self, within: Within | None, packed: Packed, rows: Sequence[Sequence[Block]]) -> Iterator[None]:
@@ -221,12 +230,12 @@ class AnswerScorer:
     def _pass(
         self,
         prefix: Prefix,
-        tokens: Tensor,
+        kept: Tensor,
         keep_mask: Tensor,
         rows: Sequence[Sequence[Block]],
         within: Within | None,
     ) -> AnswerScores:
-        packed, inputs = self.prepare(prefix, tokens, keep_mask, rows)
+        packed, inputs = self.prepare(prefix, kept, keep_mask, rows)
         with self._dropping(within, packed, rows):
             hidden = self.language(**inputs, use_cache=False).last_hidden_state
         places = packed.targets != IGNORE
@@ -241,14 +250,14 @@ class AnswerScorer:
     def _greedy(
         self,
         prefix: Prefix,
-        tokens: Tensor,
+        kept: Tensor,
         keep_mask: Tensor,
         rows: list[list[Block]],
         end: int,
         limit: int,
         within: Within | None,
     ) -> list[list[int]]:
-        packed, inputs = self.prepare(prefix, tokens, keep_mask, rows)
+        packed, inputs = self.prepare(prefix, kept, keep_mask, rows)
         device = packed.ids.device
         row = torch.arange(len(rows), device=device)
         last = (packed.start + torch.tensor([len(blocks[0].ids) - 1 for blocks in rows])).to(device)
@@ -274,6 +283,12 @@ class AnswerScorer:
                 answers.append(chosen)
                 ended |= chosen == end
         return torch.stack(answers, 1).tolist()
+
+
+def _kept(tokens: Tensor, pictures: Tensor, keep_mask: Tensor) -> Tensor:
+    """The kept tokens of rows in reading order, ``(K, D)``; no row's dropped ones are copied."""
+    row, column = keep_mask.nonzero(as_tuple=True)
+    return tokens[pictures.to(row.device)[row], column]
 
 
 def _rows(positions: Tensor) -> Tensor:

@@ -39,7 +39,7 @@ def _attention(scorer: AnswerScorer, prefix: Prefix, tokens: Tensor, blocks: lis
     decoder: Any = scorer.language
     watched = decoder.layers[len(decoder.layers) // 2 if layer is None else layer]
     everything = torch.ones(1, len(tokens), dtype=torch.bool, device=tokens.device)
-    packed, inputs = scorer.prepare(prefix, tokens[None], everything, [blocks])
+    packed, inputs = scorer.prepare(prefix, tokens, everything, [blocks])
     starts = torch.tensor([0, *(len(block.ids) for block in blocks)]).cumsum(0)[:-1]
     last = packed.start + starts + torch.tensor([block.answer_start - 1 for block in blocks])
     seen: list[Tensor] = []

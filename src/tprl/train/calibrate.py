@@ -5,6 +5,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from tprl import processes
 from tprl.lvlm.cache import EncodedSamples
 from tprl.progress import track
 from tprl.pruner import TokenPruner
@@ -28,12 +29,13 @@ class OneShot:
 
 def unpruned_accuracy(data: EncodedSamples) -> Tensor:
     """Per sample, with every token kept."""
-    rows = []
-    for first in track(range(0, len(data), BATCH), "unpruned"):
-        indices = list(range(first, min(first + BATCH, len(data))))
+    own = range(len(data))[processes.mine()]
+    rows = [torch.zeros(0)]
+    for first in track(range(0, len(own), BATCH), "unpruned"):
+        indices = own[first : first + BATCH]
         visual = data.visual(indices)
         rows.append(data.accuracy(indices, visual.tokens, visual.mask))
-    return torch.cat(rows)
+    return processes.gathered(torch.cat(rows), len(data))
 
 
 def one_shot(
@@ -42,11 +44,19 @@ def one_shot(
     unpruned: Tensor,
     budget: int | None = None,
     threshold: float | None = None,
+    most: int | None = None,
 ) -> OneShot:
-    """Prune and answer all samples of ``data``; with neither budget nor threshold, by the pruner's own threshold."""
+    """Prune and answer samples of ``data``; with neither budget nor threshold, by the pruner's own threshold.
+
+    Args:
+        unpruned: see ``unpruned_accuracy``.
+        most: how many samples, the first ones; all unless given.
+    """
+    unpruned = unpruned[:most]
+    own = range(len(unpruned))[processes.mine()]
     accuracy, kept = 0.0, 0
-    for first in range(0, len(data), BATCH):
-        indices = list(range(first, min(first + BATCH, len(data))))
+    for first in range(0, len(own), BATCH):
+        indices = own[first : first + BATCH]
         visual = data.visual(indices)
         if budget is None:
             keep = pruner.select_above(visual, threshold).keep_mask
@@ -54,7 +64,8 @@ def one_shot(
             keep = pruner.select(visual, visual.mask.sum(1).clamp(max=budget)).keep_mask
         accuracy += float(data.accuracy(indices, visual.tokens, keep).sum())
         kept += int(keep.sum())
-    return OneShot(accuracy / len(data), float(unpruned.mean()), kept / len(data))
+    accuracy, kept = processes.total(torch.tensor([accuracy, kept], dtype=torch.float64)).tolist()
+    return OneShot(accuracy / len(unpruned), float(unpruned.mean()), kept / len(unpruned))
 
 
 def calibrate(pruner: TokenPruner, data: EncodedSamples, unpruned: Tensor, max_drop: float) -> OneShot:

@@ -17,16 +17,17 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from tprl import processes
 from tprl.checkpoint import DamagedCheckpoint, load_checkpoint, save_checkpoint
 from tprl.config import ImitateStage, TrainConfig
 from tprl.demonstrations import SEARCH, MemoScore, Search, Worth, demonstrate, make_teacher
-from tprl.env import Score
 from tprl.lvlm.cache import EncodedSamples
+from tprl.lvlm.recorded import Recorded
 from tprl.lvlm.text_attention import text_attention
 from tprl.progress import track
 from tprl.pruner import TokenPruner
 from tprl.run import RunFolder, Stage
-from tprl.selectors import Selector
+from tprl.selectors import InModel, Selector
 from tprl.selectors.grid import Random
 from tprl.types import VisualTokens
 
@@ -55,14 +56,13 @@ def collect_demonstrations(run: RunFolder, train: EncodedSamples, config: TrainC
     count = min(config.imitate.demonstrations, len(train))
     folder = train.folder / f"demonstrations-{_key(train, count, config)}"
     folder.mkdir(exist_ok=True)
-    shards = []
-    for first in track(range(0, count, SHARD), "demonstrations"):
-        path = folder / f"{first:07d}.safetensors"
-        shard = _load(path)
-        if shard is None:
+    paths = {first: folder / f"{first:07d}.safetensors" for first in range(0, count, SHARD)}
+    for first in track(list(paths)[processes.mine()], "demonstrations"):
+        if not _is_whole(paths[first]):
             shard = _demonstrate(teachers, train, list(range(first, min(first + SHARD, count))), config)
-            save_checkpoint(path, shard, {})
-        shards.append(shard)
+            save_checkpoint(paths[first], shard, {})
+    processes.meet()
+    shards = [load_checkpoint(path)[0] for path in paths.values()]
     width = max(shard["states"].shape[-1] for shard in shards)
     states = torch.cat([nn.functional.pad(shard["states"], (0, width - shard["states"].shape[-1])) for shard in shards])
     returns = torch.cat([shard["returns"] for shard in shards])
@@ -107,9 +107,12 @@ def imitate_stage(
 ) -> Stage:
     """The stage: passes over the demonstrations in an order of the seed's."""
     settings = config.imitate
+    processes.check_shares(min(settings.batch, len(demonstrations.indices)), "the batch of")
     steps = settings.epochs * max(1, len(demonstrations.indices) // settings.batch)
     optimizer = torch.optim.AdamW(pruner.policy.parameters(), lr=settings.learning_rate, weight_decay=0.01)
-    return Stage(NAME, steps, pruner, optimizer, _update(pruner, optimizer, train, demonstrations, config, steps))
+    batch: dict[str, Tensor] = {}
+    update = _update(pruner, optimizer, train, demonstrations, config, steps, batch)
+    return Stage(NAME, steps, pruner, optimizer, update, batch)
 
 
 def survival_targets(states: Tensor) -> Tensor:
@@ -132,6 +135,7 @@ def _update(
     demonstrations: DemonstrationSet,
     config: TrainConfig,
     steps: int,
+    batch: dict[str, Tensor],
 ) -> Callable[[int], dict[str, float]]:
     settings = config.imitate
     per_epoch = steps // settings.epochs
@@ -139,9 +143,12 @@ def _update(
     def update(step: int) -> dict[str, float]:
         order = np.random.default_rng((config.seed, 2, step // per_epoch)).permutation(len(demonstrations.indices))
         chosen = torch.from_numpy(order[step % per_epoch * settings.batch :][: settings.batch])
+        held = demonstrations.states[chosen].sum((0, 2))
+        chosen = chosen[processes.mine()]
         visual = train.visual(demonstrations.indices[chosen].tolist())
         states = demonstrations.states[chosen][..., : visual.mask.shape[1]]
-        targets = survival_targets(states)
+        batch.update(samples=demonstrations.indices[chosen], tokens=visual.tokens, states=states)
+        targets, states = survival_targets(states).to(visual.mask.device), states.to(visual.mask.device)
         with torch.no_grad():
             latents = pruner.encode(visual)
         for group in optimizer.param_groups:
@@ -149,38 +156,29 @@ def _update(
         losses = []
         for t in range(targets.shape[1]):
             logits = pruner.look(latents, visual, states[:, t]).logits
-            losses.append(imitation_loss(logits, targets[:, t], states[:, t]))
+            share = states[:, t].sum() / held[t]
+            losses.append(share * imitation_loss(logits, targets[:, t], states[:, t]))
         loss = torch.stack(losses).mean()
         optimizer.zero_grad()
         loss.backward()
+        processes.sum_gradients(pruner.policy.parameters())
         norm = nn.utils.clip_grad_norm_(pruner.policy.parameters(), 1.0)
         optimizer.step()
-        return {"loss": loss.item(), "first_step_loss": losses[0].item(), "grad_norm": norm.item()}
+        told = processes.total(torch.stack([loss, losses[0]])).tolist()
+        return {"loss": told[0], "first_step_loss": told[1], "grad_norm": norm.item()}
 
     return update
 
 
-def score_function(data: EncodedSamples, indices: Sequence[int], tokens: Tensor, kind: str) -> Score:
-    """The environment's score of samples ``indices``, whose visual tokens are ``tokens (B, N, D)``.
+def worth_function(data: EncodedSamples, indices: Sequence[int], tokens: Tensor, kind: str) -> Worth:
+    """How good the answers to samples ``indices`` are, whose visual tokens are ``tokens (B, N, D)``.
 
     Args:
         kind: see ``PpoStage.score``. A log-likelihood is the mean over the answer's tokens, in nats.
     """
 
-    worth = worth_function(data, indices, tokens, kind)
-
-    def score(masks: Tensor) -> Tensor:
-        steps, batch, _ = masks.shape
-        return worth(torch.arange(batch).repeat(steps), masks.flatten(0, 1)).reshape(steps, batch)
-
-    return score
-
-
-def worth_function(data: EncodedSamples, indices: Sequence[int], tokens: Tensor, kind: str) -> Worth:
-    """The same score, of some rows with a keep mask each."""
-
     def worth(rows: Tensor, masks: Tensor) -> Tensor:
-        scores = data.score([indices[int(row)] for row in rows], tokens[rows], masks)
+        scores = data.score([indices[row] for row in rows.tolist()], tokens, masks, pictures=rows)
         return scores.correct.float() if kind == "correct" else scores.log_prob
 
     return worth
@@ -192,17 +190,18 @@ def unpruned_scores(data: EncodedSamples, indices: Sequence[int], kind: str) -> 
 
 
 def _demonstrate(
-    teachers: Sequence[Selector], train: EncodedSamples, indices: list[int], config: TrainConfig
+    teachers: Sequence[Selector | InModel], train: EncodedSamples, indices: list[int], config: TrainConfig
 ) -> dict[str, Tensor]:
     visual = train.visual(indices)
-    if any("text_attention" in teacher.needs for teacher in teachers):
+    selectors = [Recorded(each, train, indices) if isinstance(each, InModel) else each for each in teachers]
+    if any("text_attention" in selector.needs for selector in selectors):
         visual.signals["text_attention"] = _text_attention(train, indices, visual)
     kind, settings = config.ppo.score, config.imitate
     search = None
     if SEARCH in settings.teachers:
         search = Search(settings.search_rounds, settings.search_children, config.seed)
     best = demonstrate(
-        teachers,
+        selectors,
         visual,
         settings.budgets,
         unpruned_scores(train, indices, kind),
@@ -232,11 +231,9 @@ def _text_attention(train: EncodedSamples, indices: list[int], visual: VisualTok
     return signal
 
 
-def _load(path: Path) -> dict[str, Tensor] | None:
-    if not path.exists():
-        return None
+def _is_whole(path: Path) -> bool:
     try:
-        return load_checkpoint(path)[0]
-    except DamagedCheckpoint:
-        path.unlink()
-        return None
+        load_checkpoint(path)
+    except (FileNotFoundError, DamagedCheckpoint):
+        return False
+    return True

@@ -6,9 +6,10 @@ from pathlib import Path
 
 import torch
 
+from tprl import processes
 from tprl.config import PrunerConfig, TrainConfig
 from tprl.data.sample import Source
-from tprl.demonstrations import make_teacher
+from tprl.demonstrations import teacher_signals
 from tprl.lvlm.cache import EncodedSamples
 from tprl.lvlm.model import Lvlm
 from tprl.lvlm.signals import TOWER_SIGNALS, tower_signals
@@ -22,6 +23,8 @@ from tprl.train.ppo import ppo_stage
 
 STAGES = (autoencoder.NAME, imitate.NAME, ppo.NAME)
 WATCHED_BUDGETS = (64, 32)
+WATCHED_EVERY, WATCHED_SAMPLES = 5, 64
+"""Rounds of PPO between two looks at validation samples, and how many of them."""
 
 
 def train(
@@ -44,9 +47,9 @@ def train(
         cache: where visual tokens are kept between runs; the run's own folder unless given.
     """
     torch.manual_seed(config.seed)
-    pruner = start or TokenPruner(shape)
+    pruner = (start or TokenPruner(shape)).to(lvlm.device)
     given = tower_signals(lvlm.model)
-    needed = {name: make_teacher(name, config.seed).needs & TOWER_SIGNALS for name in heuristics(config.imitate)}
+    needed = {name: needs & TOWER_SIGNALS for name, needs in teacher_signals(heuristics(config.imitate)).items()}
     if blind := [name for name, needs in needed.items() if not needs <= given]:
         print(f"teachers left out, since {lvlm.family.name}'s tower does not give what they need: {', '.join(blind)}")
         config = replace(
@@ -57,13 +60,27 @@ def train(
         )
     signals = frozenset[str]().union(*(needed[name] for name in heuristics(config.imitate)))
     folder = cache or run.folder / "cache"
-    data = EncodedSamples(lvlm, sources[0], folder, signals)
-    held_out = EncodedSamples(lvlm, sources[1], folder)
+    with processes.first_alone():
+        data = EncodedSamples(lvlm, sources[0], folder, signals)
+        held_out = EncodedSamples(lvlm, sources[1], folder)
+        _ = data.unpruned
     unpruned = unpruned_accuracy(held_out)
+
+    def watch(step: int) -> dict[str, float]:
+        figures = {"padding": data.scorer.padding_share()}
+        if (step + 1) % WATCHED_EVERY == 0 or step + 1 == config.ppo.epochs:
+            seen = one_shot(pruner, held_out, unpruned, budget=WATCHED_BUDGETS[0], most=WATCHED_SAMPLES)
+            figures["validation_accuracy"] = seen.accuracy
+        return figures
+
+    def make_ppo() -> Stage:
+        data.scorer.padding_share()  # what was scored before is none of its business
+        return ppo_stage(pruner, data, config, watch)
+
     makers: dict[str, Callable[[], Stage]] = {
         autoencoder.NAME: lambda: autoencoder_stage(pruner, data, config.autoencoder, config.seed),
         imitate.NAME: lambda: imitate_stage(pruner, data, collect_demonstrations(run, data, config), config),
-        ppo.NAME: lambda: ppo_stage(pruner, data, config),
+        ppo.NAME: make_ppo,
     }
     for name in STAGES:
         if name not in stages or (name == imitate.NAME and config.imitate.demonstrations == 0):
@@ -73,15 +90,20 @@ def train(
             continue
         fit(run, stage, config.save_every)
         pruner.eval()
-        pruner.save_pretrained(run.folder / "stages" / name)
+        _save(pruner, run.folder / "stages" / name)
         if name != autoencoder.NAME and not run.logged(f"after-{name}"):
             run.log(f"after-{name}", 0, _look_at(pruner, held_out, unpruned))
     result = calibrate(pruner, held_out, unpruned, config.max_drop)
-    pruner.save_pretrained(run.folder / "pruner")
+    _save(pruner, run.folder / "pruner")
     if not run.logged("calibrated"):
         figures = {"threshold": pruner.config.threshold, "kept": result.kept, "drop_points": result.drop_points}
         run.log("calibrated", 0, figures)
     return pruner
+
+
+def _save(pruner: TokenPruner, folder: Path) -> None:
+    if processes.is_first():
+        pruner.save_pretrained(folder)
 
 
 def _look_at(pruner: TokenPruner, data: EncodedSamples, unpruned: torch.Tensor) -> dict[str, float]:

@@ -6,20 +6,26 @@ all tokens in the second step whatever the policy thinks of them; ratios are cli
 over hundreds of tokens explodes (the joint one is watched as ``effective_sample_size``).
 """
 
+import math
+import time
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
+from tprl import processes
+from tprl.clock import phase
 from tprl.config import PpoStage, TrainConfig
+from tprl.demonstrations import MemoScore
 from tprl.env import PruningEnv, Trajectory
 from tprl.lvlm.cache import EncodedSamples
 from tprl.policy import KeepDistribution
 from tprl.pruner import TokenPruner
 from tprl.rewards import discounted_returns, generalised_advantages, leave_one_out
 from tprl.run import Stage
-from tprl.train.imitate import score_function, unpruned_scores
+from tprl.train.imitate import unpruned_scores, worth_function
 from tprl.types import VisualTokens
 
 NAME = "ppo"
@@ -45,10 +51,25 @@ class Rollouts:
     log_probs: Tensor
     values: Tensor
 
+    def tensors(self) -> dict[str, Tensor]:
+        """All of it but the question's words, by name."""
+        trajectory = vars(self.trajectory)
+        return trajectory | {"latents": self.latents, "log_probs": self.log_probs, "values": self.values}
 
-def ppo_stage(pruner: TokenPruner, train: EncodedSamples, config: TrainConfig) -> Stage:
-    """The stage: one update is a round of rollouts and the passes over them."""
+
+def ppo_stage(
+    pruner: TokenPruner,
+    train: EncodedSamples,
+    config: TrainConfig,
+    watch: Callable[[int], dict[str, float]] = lambda step: {},
+) -> Stage:
+    """The stage: one update is a round of rollouts and the passes over them.
+
+    Args:
+        watch: metrics besides those of the rollouts, asked for after every update with its number.
+    """
     settings = config.ppo
+    processes.check_shares(min(settings.minibatch, settings.questions * settings.rollouts), "the minibatch of")
     critic = list(pruner.policy.critic.parameters())
     actor = [p for name, p in pruner.policy.named_parameters() if not name.startswith("critic.")]
     optimizer = torch.optim.AdamW(
@@ -59,24 +80,28 @@ def ppo_stage(pruner: TokenPruner, train: EncodedSamples, config: TrainConfig) -
         lr=0.0,
         weight_decay=0.0,
     )
+    batch: dict[str, Tensor] = {}
 
     def update(step: int) -> dict[str, float]:
         rng = np.random.default_rng((config.seed, 3, step))
-        generator = torch.Generator().manual_seed(int(rng.integers(2**62)))
+        generator = torch.Generator(pruner.token_mean.device).manual_seed(int(rng.integers(2**62)))
         chosen = rng.choice(len(train), min(settings.questions, len(train)), replace=False).tolist()
         for group in optimizer.param_groups:
             group["lr"] = group["rate"] * min(1.0, (step + 1) / 5) * (1 - 0.9 * step / settings.epochs)
+        start = time.perf_counter()
         rollouts = roll_out(pruner, train, chosen, settings, generator)
-        return describe(rollouts) | improve(pruner, optimizer, rollouts, settings, generator)
+        speed = {"rollouts_per_second": len(rollouts.rows) / (time.perf_counter() - start)}
+        batch.update(rollouts.tensors(), samples=torch.tensor(chosen))
+        return describe(rollouts) | speed | improve(pruner, optimizer, rollouts, settings, generator) | watch(step)
 
-    return Stage(NAME, settings.epochs, pruner, optimizer, update)
+    return Stage(NAME, settings.epochs, pruner, optimizer, update, batch)
 
 
 @torch.no_grad()
 def roll_out(
     pruner: TokenPruner, train: EncodedSamples, indices: list[int], settings: PpoStage, generator: torch.Generator
 ) -> Rollouts:
-    """Sample episodes and score all their steps in one call."""
+    """Sample episodes and score all their steps in one call, a subset that came up twice once."""
     visual = train.visual(indices)
     latents = pruner.encode(visual)
     rows = torch.arange(len(indices)).repeat(settings.rollouts)
@@ -88,11 +113,17 @@ def roll_out(
         log_probs.append(distribution.token_log_prob(action))
         values.append(value)
         env.step(action)
-    everyone = [indices[int(row)] for row in rows]
-    trajectory = env.finish(
-        unpruned_scores(train, everyone, settings.score),
-        score_function(train, everyone, visual.tokens[rows], settings.score),
-    )
+    worth = worth_function(train, indices, visual.tokens, settings.score)
+
+    def shared(questions: Tensor, masks: Tensor) -> Tensor:
+        own = processes.mine()
+        return processes.gathered(worth(questions[own], masks[own]), len(questions))
+
+    def score(masks: Tensor) -> Tensor:
+        by_question = masks.unflatten(1, (settings.rollouts, -1)).flatten(0, 1)
+        return MemoScore(shared)(by_question).reshape(masks.shape[:2])
+
+    trajectory = env.finish(unpruned_scores(train, indices, settings.score)[rows], score)
     return Rollouts(visual, latents, rows, trajectory, torch.stack(log_probs, 1), torch.stack(values, 1))
 
 
@@ -131,6 +162,7 @@ def advantages(rollouts: Rollouts, settings: PpoStage) -> tuple[Tensor, Tensor]:
     return (advantage - advantage.mean()) / (advantage.std() + 1e-6), target
 
 
+@phase("update")
 def improve(
     pruner: TokenPruner,
     optimizer: torch.optim.Optimizer,
@@ -144,67 +176,71 @@ def improve(
     seen: list[dict[str, float]] = []
     for _ in range(settings.update_epochs):
         kl = []
-        for chosen in torch.randperm(episodes, generator=generator).split(settings.minibatch):
+        order = torch.randperm(episodes, generator=generator, device=generator.device)
+        for chosen in order.tensor_split(math.ceil(episodes / settings.minibatch)):
             loss, metrics = ppo_loss(pruner, rollouts, chosen, advantage[chosen], target[chosen], settings)
             optimizer.zero_grad()
             loss.backward()
+            processes.sum_gradients(pruner.policy.parameters())
             norm = nn.utils.clip_grad_norm_(pruner.policy.parameters(), 1.0)
             optimizer.step()
             seen.append(metrics | {"grad_norm": norm.item()})
             kl.append(metrics["approx_kl"])
         if np.mean(kl) > settings.max_kl:
             break
-    variance = target.var()
-    explained = 1 - (target - rollouts.values).var() / variance if variance > 0 else torch.zeros(())
-    return {name: float(np.mean([metrics[name] for metrics in seen])) for name in seen[0]} | {
-        "explained_variance": explained.item(),
-        "updates": float(len(seen)),
-    }
+    means = {name: float(np.mean([metrics[name] for metrics in seen])) for name in seen[0]}
+    means["updates"] = float(len(seen))
+    if settings.baseline == "critic":
+        means["explained_variance"] = (1 - (target - rollouts.values).var() / target.var().clamp(min=1e-12)).item()
+    return means
 
 
 def ppo_loss(
     pruner: TokenPruner, rollouts: Rollouts, chosen: Tensor, advantage: Tensor, target: Tensor, settings: PpoStage
 ) -> tuple[Tensor, dict[str, float]]:
-    """``-L_clip + value_coeff L_value - entropy_coeff H`` of some episodes.
+    """This process's part of ``-L_clip + value_coeff L_value - entropy_coeff H`` of some episodes, and the metrics of
+    all of them.
 
     Args:
         chosen: int64 ``(M,)`` of the episodes.
         advantage: ``(M, T)``.
         target: ``(M, T)`` of the critic.
     """
-    states = rollouts.trajectory.states[chosen]
-    actions = rollouts.trajectory.actions[chosen]
-    actor, value_loss, entropy, kl, clipped, log_weight, tokens = [], [], [], [], [], [], []
+    count, own = rollouts.trajectory.states[chosen, :-1].sum(), processes.mine()
+    episodes, part = chosen[own], len(chosen[own]) / len(chosen)
+    states, actions = rollouts.trajectory.states[episodes], rollouts.trajectory.actions[episodes]
+    actor, value_loss, entropy, kl, clipped, log_weight = [], [], [], [], [], []
     for t in range(settings.horizon):
         state = states[:, t]
-        distribution, value = look(pruner, rollouts.latents, rollouts.visual, state, rollouts.rows[chosen], t, settings)
-        log_ratio = distribution.token_log_prob(actions[:, t]) - rollouts.log_probs[chosen, t]
+        rows = rollouts.rows[episodes]
+        distribution, value = look(pruner, rollouts.latents, rollouts.visual, state, rows, t, settings)
+        log_ratio = distribution.token_log_prob(actions[:, t]) - rollouts.log_probs[episodes, t]
         ratio = log_ratio.exp()
-        gain = advantage[:, t, None]
+        gain = advantage[own, t, None]
         limited = ratio.clamp(1 - settings.clip_epsilon, 1 + settings.clip_epsilon)
         actor.append((torch.minimum(ratio * gain, limited * gain) * state).sum())
-        value_loss.append(nn.functional.mse_loss(value, target[:, t]))
+        value_loss.append(nn.functional.mse_loss(value, target[own, t]))
         entropy.append(distribution.entropy().mean())
         with torch.no_grad():
             kl.append(((ratio - 1 - log_ratio) * state).sum())
             clipped.append(((ratio - 1).abs() > settings.clip_epsilon)[state].float().sum())
             log_weight.append(log_ratio.sum(1))
-            tokens.append(state.sum())
-    count = torch.stack(tokens).sum()
     actor_loss = -torch.stack(actor).sum() / count
-    critic_loss, mean_entropy = torch.stack(value_loss).mean(), torch.stack(entropy).mean()
+    critic_loss, mean_entropy = part * torch.stack(value_loss).mean(), part * torch.stack(entropy).mean()
     loss = actor_loss - settings.entropy_coeff * mean_entropy
+    metrics = {
+        "actor_loss": actor_loss,
+        "entropy": mean_entropy,
+        "approx_kl": torch.stack(kl).sum() / count,
+        "clip_fraction": torch.stack(clipped).sum() / count,
+    }
     if settings.baseline == "critic":
         loss = loss + settings.value_coeff * critic_loss
-    weight = torch.stack(log_weight).sum(0).softmax(0)
-    return loss, {
-        "actor_loss": actor_loss.item(),
-        "value_loss": critic_loss.item(),
-        "entropy": mean_entropy.item(),
-        "approx_kl": (torch.stack(kl).sum() / count).item(),
-        "clip_fraction": (torch.stack(clipped).sum() / count).item(),
-        "effective_sample_size": (1 / weight.pow(2).sum() / len(weight)).item(),
-    }
+        metrics["value_loss"] = critic_loss
+    sums = processes.total(torch.stack(list(metrics.values()))).tolist()
+    weight = processes.gathered(torch.stack(log_weight).sum(0), len(chosen)).softmax(0)
+    effective = {"effective_sample_size": (1 / weight.pow(2).sum() / len(weight)).item()}
+    return loss, dict(zip(metrics, sums, strict=True)) | effective
 
 
 def describe(rollouts: Rollouts) -> dict[str, float]:

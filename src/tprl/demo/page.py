@@ -86,7 +86,7 @@ def build(lvlm: Lvlm, pruner: TokenPruner | None, title: str) -> gr.Blocks:
             upload = gr.UploadButton(
                 "Upload a picture", file_types=["image"], size="md", scale=2, min_width=150, elem_id="upload"
             )
-        suggestions = gr.Dataset(components=[question], samples=[[""]], show_label=False, elem_id="suggestions")
+        suggestions = gr.Dataset(components=[question], samples=[[""]], show_label=False, visible=False)
         with gr.Row(elem_id="controls"):
             mode = gr.Radio(MODES, value="budget", label="Keep by", visible=pruner is not None, elem_id="mode")
             budget = gr.Slider(1, BUDGET, BUDGET, step=1, label="Tokens kept", buttons=[], elem_id="budget")
@@ -99,14 +99,15 @@ def build(lvlm: Lvlm, pruner: TokenPruner | None, title: str) -> gr.Blocks:
         result = gr.HTML(elem_id="result")
 
         alone: dict[str, Any] = {"concurrency_id": "model", "concurrency_limit": 1, "api_visibility": "private"}
+        quiet: dict[str, Any] = {"show_progress": "hidden", **alone}
         answer: dict[str, Any] = {
             "fn": _telling(show), "inputs": [visit, question, mode, budget, threshold, step, peer],
             "outputs": result, "trigger_mode": "always_last", "show_progress": "minimal", **alone,
         }  # fmt: skip
         scene = [visit, budget, question, suggestions]
-        page.load(partial(pick, 0), budget, scene, **alone).then(**answer)
-        gallery.select(pick_selected, budget, scene, **alone).then(**answer)
-        upload.upload(_telling(take), [upload, budget], [visit, budget, suggestions], **alone).success(**answer)
+        page.load(partial(pick, 0), budget, scene, **quiet).then(**answer)
+        gallery.select(pick_selected, budget, scene, **quiet).then(**answer)
+        upload.upload(_telling(take), [upload, budget], [visit, budget, suggestions], **quiet).success(**answer)
         suggestions.click(lambda chosen: chosen[0], suggestions, question, api_visibility="private").then(**answer)
         mode.input(sliders, mode, [budget, threshold, step], api_visibility="private").then(**answer)
         gr.on([ask.click, question.submit, budget.input, threshold.input, step.input, peer.input], **answer)

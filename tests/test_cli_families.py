@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from lvlm.processors import processor_of
-from lvlm.test_answers import Pictures
+from lvlm.test_packed_families import Pictures
 from lvlm.tiny import CONFIGS, make
 from tprl.lvlm.model import Lvlm
 from tprl.pruner import TokenPruner

@@ -148,6 +148,6 @@ class TrainConfig:
     ppo: PpoStage = PpoStage()
     samples: int = 4096
     validation: int = 400
-    max_drop: float = 0.3
+    max_drop: float = 1.0
     seed: int = 0
     save_every: int = 20

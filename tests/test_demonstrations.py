@@ -8,10 +8,10 @@ import torch
 from torch import Tensor
 
 from ragged import visual_tokens
-from tprl.demonstrations import MemoScore, Search, demonstrate, make_teacher, nested_masks
+from tprl.demonstrations import MemoScore, Search, demonstrate, make_teacher, nested_masks, teacher_signals
 from tprl.env import Score
 from tprl.rewards import step_rewards
-from tprl.selectors import SELECTORS
+from tprl.selectors import IN_MODEL, SELECTORS, InModel
 from tprl.selectors.base import check
 from tprl.types import Selection, VisualTokens
 
@@ -46,6 +46,7 @@ def with_signals(visual: VisualTokens) -> VisualTokens:
 @pytest.mark.parametrize("name", ["text-attention", *SELECTORS])
 def test_each_step_is_chosen_among_what_the_one_before_kept(name: str) -> None:
     visual, teacher = with_signals(visual_tokens([36, 16, 4], [3, 1, 2], 12)), make_teacher(name, 0)
+    assert not isinstance(teacher, InModel)
     masks = nested_masks(teacher, visual, [12, 6, 3])
     assert masks.sum(2).tolist() == [[12, 12, 4], [6, 6, 4], [3, 3, 3]]
     held = visual.mask
@@ -147,8 +148,10 @@ def test_teachers_by_name() -> None:
     keep = [make_teacher("random", seed).select(visual, torch.tensor([9])).keep_mask for seed in (0, 0, 1)]
     assert torch.equal(keep[0], keep[1])
     assert not torch.equal(keep[0], keep[2])
-    with pytest.raises(ValueError, match="unknown teacher 'fastv'; known: text-attention, random, "):
-        make_teacher("fastv", 0)
+    assert [make_teacher(name, 0).name for name in IN_MODEL] == list(IN_MODEL)
+    assert teacher_signals(["fastv", "fastervlm"]) == {"fastv": frozenset(), "fastervlm": {"cls_attention"}}
+    with pytest.raises(ValueError, match=r"unknown teacher 'fastw'; known: text-attention, random, .*, dart"):
+        make_teacher("fastw", 0)
 
 
 def grid_tokens(side: int, batch: int) -> VisualTokens:

@@ -9,7 +9,6 @@ arXiv 2603.13394, section on learning from demonstrations; keeping only what the
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import cast
 
 import numpy as np
 import torch
@@ -17,7 +16,7 @@ from torch import Tensor
 
 from tprl.env import PruningEnv, Score, Trajectory
 from tprl.rewards import discounted_returns
-from tprl.selectors import SELECTORS, Selector, make_selector
+from tprl.selectors import IN_MODEL, SELECTORS, InModel, Selector, make_selector
 from tprl.selectors.attention import TextAttention
 from tprl.types import VisualTokens
 
@@ -39,17 +38,25 @@ class Demonstrations:
     teacher: Tensor
 
 
-def make_teacher(name: str, seed: int) -> Selector:
-    """A demonstrator by name: any selector, or "text-attention".
+def make_teacher(name: str, seed: int) -> Selector | InModel:
+    """A demonstrator by name: any selector or method inside the language model, or "text-attention". A method inside
+    the model demonstrates by way of ``tprl.lvlm.recorded.Recorded``.
 
     Raises:
         ValueError: nothing that can demonstrate has that name.
     """
     if name == TextAttention.name:
         return TextAttention()
-    if name not in SELECTORS:
-        raise ValueError(f"unknown teacher {name!r}; known: {', '.join([TextAttention.name, *SELECTORS])}")
-    return cast(Selector, make_selector(name, seed))
+    known = [TextAttention.name, *SELECTORS, *IN_MODEL]
+    if name not in known:
+        raise ValueError(f"unknown teacher {name!r}; known: {', '.join(known)}")
+    return make_selector(name, seed)
+
+
+def teacher_signals(names: Sequence[str]) -> dict[str, frozenset[str]]:
+    """The signals that each of some teachers needs."""
+    teachers = {name: make_teacher(name, 0) for name in names}
+    return {name: frozenset() if isinstance(teacher, InModel) else teacher.needs for name, teacher in teachers.items()}
 
 
 def nested_masks(teacher: Selector, visual: VisualTokens, budgets: Sequence[int]) -> Tensor:

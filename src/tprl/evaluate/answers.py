@@ -45,6 +45,10 @@ class Answered:
 def answered(lvlm: Lvlm, image: Image.Image, question: str, method: Method | None = None) -> Answered:
     """Ask a model, pruned by ``method`` or whole.
 
+    Args:
+        image: RGB.
+        method: its budget is at most the picture's number of visual tokens.
+
     Raises:
         ValueError: the method cannot prune this model.
     """

@@ -165,11 +165,9 @@ def serving(world: World, **options: Any) -> Iterator[Any]:
         "dtype": "float32", "max_model_len": 256, "max_num_seqs": 8, "block_size": 32, "enforce_eager": True,
         "limit_mm_per_prompt": {"image": 2}, "seed": 0, "hf_overrides": world.overrides(0.5), **options,
     }  # fmt: skip
-    engine = LLM(model=str(world.folder), **settings)
     try:
-        yield engine
+        yield LLM(model=str(world.folder), **settings)
     finally:
-        del engine
         cleanup_dist_env_and_memory()
 
 

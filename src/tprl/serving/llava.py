@@ -33,12 +33,11 @@ class PrunedLlavaProcessor(PrunedProcessor, LlavaMultiModalProcessor):
     PrunedLlavaProcessor, info=PrunedLlavaInfo, dummy_inputs=LlavaDummyInputsBuilder
 )
 class PrunedLlava(PrunedModel, LlavaForConditionalGeneration):
-    def _only(self, kwargs: Mapping[str, Any], items: list[int]) -> dict[str, Any]:
-        return {"pixel_values": kwargs["pixel_values"][items]}
+    def _only(self, kwargs: Mapping[str, Any], item: int) -> dict[str, Any]:
+        return {"pixel_values": kwargs["pixel_values"][item][None]}
 
-    def _grid(self, kwargs: Mapping[str, Any], item: int) -> tuple[int, int]:
-        side = isqrt(self.config.image_seq_length)
-        return side, side
+    def _grid(self, inputs: Mapping[str, Any], count: int) -> tuple[int, int]:
+        return isqrt(count), isqrt(count)
 
     def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> set[str]:
         """Also of checkpoints of transformers 5, whose towers have no ``vision_model`` in their names."""

@@ -36,34 +36,32 @@ class PrunedModel:
         self._tower_cache: LRUCache[bytes, Tensor] = LRUCache(TOWER_CACHE_BYTES, getsizeof=lambda tokens: tokens.nbytes)
 
     def embed_multimodal(self, **kwargs: Any) -> Sequence[Tensor]:
-        if QUERY not in kwargs:
-            return []
+        """What is kept of every picture. The tower sees them one by one: memory is that of one picture, however many
+        short requests the scheduler puts into a step, and no answer depends on what else is in it."""
         queries, ratios, keys = (kwargs.pop(name) for name in (QUERY, RATIO, KEY))
-        pictures = self._encoded([key.numpy().tobytes() for key in keys], kwargs)
-        return [
-            self._kept(tokens, self._grid(kwargs, item), query, float(ratio))
-            for item, (tokens, query, ratio) in enumerate(zip(pictures, queries, ratios, strict=True))
-        ]
+        kept = []
+        for item, (query, ratio, key) in enumerate(zip(queries, ratios, keys, strict=True)):
+            inputs = self._only(kwargs, item)
+            tokens = self._encoded(key.numpy().tobytes(), inputs)
+            kept.append(self._kept(tokens, self._grid(inputs, len(tokens)), query, float(ratio)))
+        return kept
 
-    def _only(self, kwargs: Mapping[str, Any], items: list[int]) -> dict[str, Any]:
-        """What the stock ``embed_multimodal`` is given for some of the pictures."""
+    def _only(self, kwargs: Mapping[str, Any], item: int) -> dict[str, Any]:
+        """What the stock ``embed_multimodal`` is given for one of the pictures."""
         raise NotImplementedError
 
-    def _grid(self, kwargs: Mapping[str, Any], item: int) -> tuple[int, int]:
-        """Rows and columns of a picture's visual tokens."""
+    def _grid(self, inputs: Mapping[str, Any], count: int) -> tuple[int, int]:
+        """Rows and columns of one picture's ``count`` visual tokens."""
         raise NotImplementedError
 
-    def _encoded(self, keys: list[bytes], kwargs: Mapping[str, Any]) -> list[Tensor]:
-        """Projected visual tokens ``(N, D)`` of every picture; each is encoded once while it is remembered."""
-        found = {key: self._tower_cache[key] for key in keys if key in self._tower_cache}
-        missing = {key: item for item, key in enumerate(keys) if key not in found}
-        if missing:
-            encoded = super().embed_multimodal(**self._only(kwargs, list(missing.values())))  # type: ignore[misc]
-            for key, tokens in zip(missing, encoded, strict=True):
-                found[key] = tokens
-                if tokens.nbytes <= TOWER_CACHE_BYTES:
-                    self._tower_cache[key] = tokens.clone()  # not a view of the whole batch
-        return [found[key] for key in keys]
+    def _encoded(self, key: bytes, inputs: dict[str, Any]) -> Tensor:
+        """Projected visual tokens ``(N, D)`` of one picture, remembered by its ``key``."""
+        tokens: Tensor | None = self._tower_cache.get(key)
+        if tokens is None:
+            (tokens,) = super().embed_multimodal(**inputs)  # type: ignore[misc]
+            if tokens.nbytes <= TOWER_CACHE_BYTES:
+                self._tower_cache[key] = tokens
+        return tokens
 
     def _kept(self, tokens: Tensor, grid: tuple[int, int], query: Tensor, ratio: float) -> Tensor:
         """The visual tokens ``(K, D)`` that are kept of ``(N, D)``, in raster order."""

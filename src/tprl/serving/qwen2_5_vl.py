@@ -41,13 +41,11 @@ class PrunedQwen2_5_VL(PrunedModel, Qwen2_5_VLForConditionalGeneration):
             raise ValueError("--video-pruning-rate is not allowed with a pruner of pictures")
         self._moves: tuple[Tensor, Tensor] | None = None
 
-    def _only(self, kwargs: Mapping[str, Any], items: list[int]) -> dict[str, Any]:
-        patches = _patches(kwargs)
-        chosen = torch.cat([patches[item] for item in items])
-        return {"pixel_values": chosen, "image_grid_thw": kwargs["image_grid_thw"][items]}
+    def _only(self, kwargs: Mapping[str, Any], item: int) -> dict[str, Any]:
+        return {"pixel_values": _patches(kwargs)[item], "image_grid_thw": kwargs["image_grid_thw"][item][None]}
 
-    def _grid(self, kwargs: Mapping[str, Any], item: int) -> tuple[int, int]:
-        return self._merged(kwargs["image_grid_thw"][item])
+    def _grid(self, inputs: Mapping[str, Any], count: int) -> tuple[int, int]:
+        return self._merged(inputs["image_grid_thw"][0])
 
     def _merged(self, grid: Tensor) -> tuple[int, int]:
         """Rows and columns of visual tokens, from rows and columns of patches."""

@@ -199,7 +199,7 @@ def show(title: str, rows: list[Row]) -> None:
     for row in rows:
         values = [row.get(name, "") for name in names]
         table.add_row(*(f"{value:.4g}" if isinstance(value, float) else str(value) for value in values))
-    Console().print(table)
+    Console(width=120).print(table)
 
 
 def main(

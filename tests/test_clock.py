@@ -1,12 +1,14 @@
 """Phases are charged for their own time only."""
 
+from contextlib import suppress
+
 import pytest
 
 from tprl import clock
 from tprl.clock import enter, leave, measured, phase
 
 
-@pytest.fixture()
+@pytest.fixture
 def now(monkeypatch: pytest.MonkeyPatch) -> list[float]:
     """A clock that a test moves by hand."""
     time = [0.0]
@@ -30,7 +32,7 @@ def test_every_second_belongs_to_the_innermost_phase(now: list[float]) -> None:
             now[0] += 20
             score()
         score()
-        with pytest.raises(ZeroDivisionError), phase("update"):
+        with suppress(ZeroDivisionError), phase("update"):
             now[0] += 7
             raise ZeroDivisionError
         now[0] += 100

@@ -13,7 +13,7 @@ FLOORS = {
     "data": 2, "lvlm": 2,
     "demonstrations": 3, "env": 3, "pruner": 3, "run": 3,
     "api": 4, "evaluate": 4, "pocket": 4, "profiling": 4, "train": 4,
-    "cli": 5, "commands": 5, "demo": 5, "lmms": 5, "serving": 5,
+    "__main__": 5, "cli": 5, "commands": 5, "demo": 5, "lmms": 5, "serving": 5,
 }  # fmt: skip
 EXCEPTIONS = {("scoring", "tprl.data.sample")}
 FACE = "api"

@@ -38,7 +38,7 @@ def profile_training(lvlm: Lvlm, source: Source, pruner: TokenPruner, config: Tr
     pruner = deepcopy(pruner)
     needs = teacher_signals(heuristics(config.imitate)).values()
     parts: dict[str, Seconds] = {}
-    with TemporaryDirectory() as place, _language_model(lvlm):
+    with TemporaryDirectory() as place, _phases_of(lvlm):
         folder = Path(place)
         with measured() as parts["cache"]:
             data = EncodedSamples(lvlm, source, folder, frozenset().union(*needs) & TOWER_SIGNALS)
@@ -68,7 +68,7 @@ def profile_inference(lvlm: Lvlm, source: Source, pruner: TokenPruner, budget: i
     parts: dict[str, Seconds] = {}
     for name, (selector, amount) in ways.items():
         options: dict[str, Any] = {**amount, "template_ids": lvlm.template_ids}
-        with _language_model(lvlm), prune(lvlm.model, cast(Any, selector), **options):
+        with _phases_of(lvlm), prune(lvlm.model, cast(Any, selector), **options):
             for _ in range(2):
                 with measured() as parts[name]:
                     with phase("processor"):
@@ -78,9 +78,12 @@ def profile_inference(lvlm: Lvlm, source: Source, pruner: TokenPruner, budget: i
 
 
 @contextmanager
-def _language_model(lvlm: Lvlm) -> Iterator[None]:
-    """Makes a phase of the language model's passes over prompts, and one of those over single tokens."""
+def _phases_of(lvlm: Lvlm) -> Iterator[None]:
+    """Makes phases of the vision tower with its projector, of the language model's passes over prompts, and of those
+    over single tokens."""
     decoder: torch.nn.Module = cast(Any, lvlm.model).get_decoder()
+    base = cast(Any, lvlm.model.base_model)
+    base.get_image_features = phase("vision tower")(base.get_image_features)
 
     def begin(module: Any, args: Any, kwargs: dict[str, Any]) -> None:
         shown = kwargs.get("inputs_embeds") if kwargs.get("input_ids") is None else kwargs["input_ids"]
@@ -93,5 +96,6 @@ def _language_model(lvlm: Lvlm) -> Iterator[None]:
     try:
         yield
     finally:
+        del base.get_image_features
         for hook in hooks:
             hook.remove()

@@ -63,6 +63,7 @@ def learn(folder: Path) -> list[dict[str, Any]]:
     seen = [one_shot(pruner, puzzle, unpruned, budget=3, most=9), calibrate(pruner, puzzle, unpruned, 30.0)]
     for look in seen:
         run.log("seen", 0, {"accuracy": look.accuracy, "kept": look.kept})
+    processes.meet()
     lines = (folder / "metrics.jsonl").read_text().splitlines()
     return [{name: value for name, value in json.loads(line).items() if name not in TIMES} for line in lines]
 

@@ -16,7 +16,6 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import AutoModelForImageTextToText, BatchFeature, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.processing_utils import ProcessorMixin
 
-from tprl.clock import phase
 from tprl.lvlm.families import family_of
 from tprl.lvlm.processors import load_processor
 from tprl.lvlm.signals import recorded_tower
@@ -261,7 +260,6 @@ def _asked(question: str) -> dict[str, Any]:
     return {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": question}]}
 
 
-@phase("vision tower")
 def encode(
     model: PreTrainedModel, inputs: Mapping[str, Any], signals: frozenset[str] = frozenset()
 ) -> tuple[list[ImageFeatures], Any]:

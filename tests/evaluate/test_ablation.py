@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from evaluate.world import World, save_world, tiny_lvlm
+from tprl.commands.ablate import ablate as run_ablation
 from tprl.config import PrunerConfig, TrainConfig
 from tprl.evaluate.ablation import ablation_table, compare
 from tprl.evaluate.benchmark import Cell
@@ -91,10 +92,6 @@ def written(world: Path) -> dict[str, Any]:
 
 
 def test_the_recipe_trains_measures_and_goes_on(world: Path) -> None:
-    refused = ablate(world, "--rows", "full,no-luck")
-    assert refused.returncode == 2
-    assert "unknown rows no-luck; known: full, demonstrations-only" in refused.stderr
-    assert not (world / "out").exists()
     outcome = ablate(world, "--rows", ",".join(NAMES))
     assert outcome.returncode == 0, outcome.stderr
     rows = written(world)["rows"]
@@ -115,7 +112,18 @@ def test_the_recipe_trains_measures_and_goes_on(world: Path) -> None:
     assert all(path.stat().st_mtime_ns == time for path, time in before.items())
     rows = written(world)["rows"]
     assert [row["seeds"] for row in rows if row["budget"] == 2] == [[0, 3], [0, 3], [0], [0], [0]]
-    assert ablate(world, "--rows", "full").returncode == 2  # the folder is there
     other = ablate(world, "--rows", "full", "--resume", "--budgets", "3")
     assert other.returncode == 2
     assert "other settings" in other.stderr
+
+
+def test_what_is_refused_before_any_work(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="unknown rows no-luck; known: full, demonstrations-only"):
+        run_ablation(tmp_path / "out", rows="full,no-luck")
+    with pytest.raises(ValueError, match="seeds are whole numbers from 0 on, got -1"):
+        run_ablation(tmp_path / "out", seeds="0,-1")
+    with pytest.raises(ValueError, match="preset 'huge' is not one of"):
+        run_ablation(tmp_path / "out", preset="huge")
+    assert not (tmp_path / "out").exists()
+    with pytest.raises(ValueError, match="exists; --resume"):
+        run_ablation(tmp_path)

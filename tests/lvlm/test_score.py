@@ -60,6 +60,28 @@ def alone(
 
 
 @torch.no_grad()
+def test_compact_positions_count_what_is_left(
+    lvlm: Lvlm, before: list[int], prefix: Prefix, tokens: Tensor, keep: Tensor
+) -> None:
+    scorer = AnswerScorer(lvlm.model.model.language_model, lvlm.model.lm_head)
+    rows = [[block(lvlm, row)] for row in range(6)]
+    original = scorer.score(prefix, tokens, keep, rows)
+    scorer.positions = "compact"
+    scores = scorer.score(prefix, tokens, keep, rows)
+    for row, (part,) in enumerate(rows):
+        embeds, _ = alone(scorer, before, tokens[row], keep[row], part.ids)
+        logits = lvlm.model.lm_head(scorer.language(inputs_embeds=embeds)[0])[0]
+        answer = torch.tensor(part.ids[part.answer_start :])
+        wanted = logits[-len(answer) - 1 : -1].log_softmax(1).gather(1, answer[:, None]).mean()
+        assert scores.log_prob[row].item() == pytest.approx(wanted.item(), rel=1e-4)
+    assert (scores.log_prob - original.log_prob).abs().max() > 1e-3
+    everything = torch.ones_like(keep)
+    whole = scorer.score(prefix, tokens, everything, rows)
+    scorer.positions = "original"
+    torch.testing.assert_close(scorer.score(prefix, tokens, everything, rows).log_prob, whole.log_prob)
+
+
+@torch.no_grad()
 def test_score_is_that_of_one_forward_a_question(
     lvlm: Lvlm, scorer: AnswerScorer, before: list[int], prefix: Prefix, tokens: Tensor, keep: Tensor
 ) -> None:

@@ -70,7 +70,7 @@ def ablate(
     if overwrite:
         shutil.rmtree(out, ignore_errors=True)
     lvlm = open_lvlm(model, dtype, device)
-    shape = PrunerConfig(lvlm.width, lvlm.fingerprint)
+    shape = (PrunerConfig.paper if preset == "paper" else PrunerConfig)(lvlm.width, lvlm.fingerprint)
     cache = cache or cache_folder()
     encoded = EncodedSamples(lvlm, test, cache)
     made_from = {

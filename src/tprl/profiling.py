@@ -41,7 +41,7 @@ def profile_training(lvlm: Lvlm, source: Source, pruner: TokenPruner, config: Tr
     with TemporaryDirectory() as place, _phases_of(lvlm):
         folder = Path(place)
         with measured() as parts["cache"]:
-            data = EncodedSamples(lvlm, source, folder, frozenset().union(*needs) & TOWER_SIGNALS)
+            data = EncodedSamples(lvlm, source, folder, frozenset[str]().union(*needs) & TOWER_SIGNALS)
             _ = data.unpruned
         with measured() as parts["demonstrations"]:
             demonstrations = collect_demonstrations(RunFolder(folder / "run", {}), data, config)
@@ -61,14 +61,14 @@ def profile_inference(lvlm: Lvlm, source: Source, pruner: TokenPruner, budget: i
     """Seconds of answering the source's first question once it is warm, with every token and with ``budget`` of
     them."""
     sample = source.samples[0]
-    ways = {
+    ways: dict[str, tuple[Any, dict[str, float]]] = {
         "answer, every token": (make_selector("uniform"), {"keep_ratio": 1.0}),
         f"answer, {budget} tokens": (pruner, {"budget": budget}),
     }
     parts: dict[str, Seconds] = {}
     for name, (selector, amount) in ways.items():
         options: dict[str, Any] = {**amount, "template_ids": lvlm.template_ids}
-        with _phases_of(lvlm), prune(lvlm.model, cast(Any, selector), **options):
+        with _phases_of(lvlm), prune(lvlm.model, selector, **options):
             for _ in range(2):
                 with measured() as parts[name]:
                     with phase("processor"):

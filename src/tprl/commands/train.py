@@ -1,6 +1,7 @@
 """``tprl train``: the stages autoencoder, imitate and ppo, each alone or all."""
 
 import json
+from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Annotated
@@ -108,7 +109,7 @@ def train(
             fast = processes.agreed(fastest_dtype(own_device) == torch.bfloat16)
             dtype = "bfloat16" if fast else "float32"
         lvlm = open_lvlm(model, dtype, own_device)
-        sized = PrunerConfig.paper if preset == "paper" else PrunerConfig
+        sized: Callable[[int, str], PrunerConfig] = PrunerConfig.paper if preset == "paper" else PrunerConfig
         shape = replace(sized(lvlm.width, lvlm.fingerprint), use_question=use_question, use_autoencoder=use_autoencoder)
         start = TokenPruner.from_pretrained(init, lvlm.fingerprint) if init else None
         run_training(folder, lvlm, sources, shape, settings, names, start, cache or cache_folder())

@@ -193,7 +193,7 @@ def encoded_tokens(config: PreTrainedConfig, inputs: Mapping[str, Any]) -> int:
     """
     if _takes_any_size(config):
         return int((inputs["input_ids"] == config.image_token_id).sum())
-    return encoded_by(config) * prod(inputs["pixel_values"].shape[:-3])
+    return encoded_by(config) * int(prod(inputs["pixel_values"].shape[:-3]))
 
 
 def kv_cache_mib(config: PreTrainedConfig, tokens: float, dtype_bytes: int) -> float:

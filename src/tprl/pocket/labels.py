@@ -87,7 +87,8 @@ def patch_labels(scene: Scene, grid: int = GRID, least: float = 1 / 3) -> np.nda
     """Labels of every patch, int16 ``(slots, grid * grid)``: those of the thing that owns it, see ``patch_owners``."""
     of_things = [_facts(scene, thing) for thing in scene.things]
     table = np.array([*of_things, [IGNORE] * len(SLOTS), [NONE] * len(SLOTS)], np.int16)
-    return table[patch_owners(scene, grid, least)].T
+    labels: np.ndarray = table[patch_owners(scene, grid, least)].T
+    return labels
 
 
 LOOKUPS = ("nearest", *DIRECTIONS)
@@ -106,7 +107,8 @@ def patch_neighbours(scene: Scene, owners: np.ndarray) -> np.ndarray:
         [numbers.get(id(scene.nearest(thing, direction)), -1) for direction in (None, *DIRECTIONS.values())]
         for thing in scene.things
     ]
-    return np.array([*found, [-1] * len(LOOKUPS), [-1] * len(LOOKUPS)])[owners].T
+    neighbours: np.ndarray = np.array([*found, [-1] * len(LOOKUPS), [-1] * len(LOOKUPS)])[owners].T
+    return neighbours
 
 
 GLYPHS = 21

@@ -292,7 +292,7 @@ def train_tower(run: Path, config: TowerConfig, delta: Path | None = None) -> It
             if not context:
                 del losses["looking"]
         optimizer.zero_grad()
-        sum(losses.values()).backward()
+        torch.stack(list(losses.values())).sum().backward()
         if not torch.isfinite(nn.utils.clip_grad_norm_(own, 1.0)):
             raise RuntimeError(f"the gradient is not finite at step {step}")
         optimizer.step()

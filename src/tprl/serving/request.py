@@ -162,5 +162,5 @@ def _key(picture: tuple[Tensor, ...]) -> Tensor:
     digest = hashlib.sha256()
     for part in picture:
         digest.update(str(part.shape).encode())
-        digest.update(part.contiguous().reshape(-1).view(torch.uint8).numpy())
+        digest.update(part.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
     return torch.frombuffer(bytearray(digest.digest()), dtype=torch.int64)

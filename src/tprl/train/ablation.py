@@ -12,6 +12,7 @@ from typing import Any
 
 from tprl.config import PpoStage, PrunerConfig, TrainConfig
 from tprl.data.sample import Source
+from tprl.demonstrations import SEARCH
 from tprl.lvlm.cache import weights_digest
 from tprl.lvlm.cut import Positions
 from tprl.lvlm.model import Lvlm
@@ -64,7 +65,7 @@ ROWS: dict[str, Row] = {
     **{f"latent-{width}": Row("state", shape={"latent": width}) for width in (16, 32, 128)},
     "no-question": Row("state", shape={"use_question": False}),
     **{f"teacher-{name}": Row("teacher", imitate={"teachers": (name,)}) for name in HEURISTICS},
-    "teacher-search": Row("teacher", imitate={"teachers": (*HEURISTICS, imitate.SEARCH)}),
+    "teacher-search": Row("teacher", imitate={"teachers": (*HEURISTICS, SEARCH)}),
     "steps-1": Row("episode", steps=1),
     "steps-2": Row("episode", steps=2),
     "sparse-score": Row("reward", ppo={"score": "correct"}),

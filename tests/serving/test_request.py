@@ -8,6 +8,7 @@ pytest.importorskip("vllm")
 
 from vllm.config import ModelConfig
 from vllm.multimodal import MULTIMODAL_REGISTRY
+from vllm.plugins import load_general_plugins
 
 from serving import worlds
 from tprl.serving.request import KEY, QUERY, Served, checked_ratio, keep_count
@@ -20,6 +21,7 @@ def world(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
 
 @pytest.fixture(scope="module")
 def processor(world: worlds.World) -> Any:
+    load_general_plugins()
     config = ModelConfig(model=str(world.folder), dtype="float32", hf_overrides=world.overrides(0.5))
     return MULTIMODAL_REGISTRY.create_processor(config)
 

@@ -100,7 +100,7 @@ def without_times(results: dict[str, Any]) -> dict[str, Any]:
 
 
 def test_results_hold_what_they_should(results: dict[str, Any]) -> None:
-    assert list(results) == ["model", "data", "split", "n", "seed", "machine", "commit", "rows"]
+    assert list(results) == ["model", "data", "split", "trained_on", "n", "seed", "machine", "commit", "rows"]
     assert (results["model"], results["data"], results["split"], results["n"], results["seed"]) == (
         "tiny", "world", "test", 24, 5,
     )  # fmt: skip

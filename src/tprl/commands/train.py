@@ -23,7 +23,7 @@ from tprl.train.pipeline import train as run_training
 
 QUICK = TrainConfig(
     AutoencoderStage(steps=60, pictures=4),
-    ImitateStage(demonstrations=192, epochs=8, batch=16),
+    ImitateStage(demonstrations=96, epochs=12, batch=16),
     PpoStage(epochs=6, questions=16, rollouts=4),
     samples=600,
     validation=100,

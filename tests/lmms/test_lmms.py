@@ -27,7 +27,7 @@ COUNT, BUDGET = 80, 64
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Where the questions lie, as a person would make them."""
     folder = tmp_path_factory.mktemp("lmms")
-    main(["data", "make", str(folder / "tprl-questions"), "--split", "test", "--n", str(COUNT)])
+    assert main(["data", "make", "--out", str(folder / "tprl-questions"), "--split", "test", "--n", str(COUNT)]) == 0
     return folder
 
 
@@ -46,11 +46,12 @@ def test_the_same_scores_to_the_sample(folder: Path) -> None:
     (log,) = (folder / "out").rglob("*samples_tprl_questions.jsonl")
     (summary,) = (folder / "out").rglob("*results.json")
     samples = sorted((json.loads(line) for line in log.read_text().splitlines()), key=lambda sample: sample["doc_id"])
-    main(
+    outcome = main(
         ["evaluate", str(folder / "evaluated"), "--data", str(folder / "tprl-questions" / "questions.jsonl"),
          "--n", str(COUNT), "--budgets", str(BUDGET), "--methods", "tprl", "--no-threshold-row", "--gallery", "0",
-         "--dtype", "float32"]
+         "--dtype", "float32", "--cache", str(folder / "cache")]
     )  # fmt: skip
+    assert outcome == 0
     expected = json.loads((folder / "evaluated" / "cells" / f"tprl-{BUDGET}.json").read_text())["scores"]
     assert [sample["accuracy"] for sample in samples] == pytest.approx(expected, abs=1e-6)
     results = json.loads(summary.read_text())["results"]["tprl_questions"]

@@ -21,7 +21,7 @@ pytest.importorskip("vllm")
 from serving import worlds
 from tprl.serving.request import keep_count
 
-PATIENCE = 600
+PATIENCE = 1200
 
 
 @pytest.fixture(scope="module")
@@ -47,7 +47,16 @@ def server(world: worlds.World, tmp_path_factory: pytest.TempPathFactory) -> Ite
             wait_for(f"http://127.0.0.1:{port}/health", process, log)
             yield f"http://127.0.0.1:{port}"
         finally:
-            process.terminate()
+            stop(process)
+
+
+def stop(process: "subprocess.Popen[bytes]") -> None:
+    """Ask the server to end; a signal that comes while it starts is lost to it."""
+    process.terminate()
+    try:
+        process.wait(60)
+    except subprocess.TimeoutExpired:
+        process.kill()
 
 
 def wait_for(address: str, process: "subprocess.Popen[bytes]", log: Path) -> None:

@@ -31,6 +31,7 @@ from rich.table import Table
 from tprl.commands.evaluate import SHIPPED_PRUNER
 from tprl.data import load_source
 from tprl.pocket.assemble import pocket_llava
+from tprl.pocket.precision import fastest_dtype
 from tprl.serving import ARCHITECTURES
 
 HOST, PORT, NAME = "127.0.0.1", 8123, "pocket-llava"
@@ -52,7 +53,7 @@ def main(
     concurrency: tuple[int, ...] = (1, 4, 16),
     new_tokens: int = 6,
     turns: int = 2,
-    dtype: str = "bfloat16",
+    dtype: str = "auto",
 ) -> None:
     """Measure.
 
@@ -62,8 +63,10 @@ def main(
         concurrency: how many requests are on their way at a time.
         new_tokens: tokens of an answer.
         turns: how often pruned and unpruned take turns.
-        dtype: of the server.
+        dtype: of the server; "auto" is bfloat16 where this machine multiplies it faster, else float32.
     """
+    if dtype == "auto":
+        dtype = str(fastest_dtype("cpu")).removeprefix("torch.")
     ratios = {"unpruned": 1.0, f"{budget} of 576": budget / 576}
     bodies = make_bodies(2 * len(concurrency) * turns * requests + 2, new_tokens)
     measured = {(name, at): Measured() for at in concurrency for name in ratios}
@@ -95,6 +98,7 @@ def served(dtype: str) -> Iterator[None]:
             yield
         finally:
             process.terminate()
+            process.wait(60)
 
 
 async def wait(process: "subprocess.Popen[bytes]", log: Path) -> None:

@@ -57,7 +57,8 @@ def pack(run: Path, *, out: Path = DELTA) -> None:
 
 def _training(name: str, run: Path, seed: int, delta: Path | None) -> Iterator[dict[str, float]]:
     if name == "tower":
-        return train_tower(run, TowerConfig(seed=seed), delta)
+        goes_on = TowerConfig(steps=1000, learning_rate=8e-4, warmup_steps=50, seed=seed)
+        return train_tower(run, goes_on if delta else TowerConfig(seed=seed), delta)
     if name == "language":
         return train_language(run, LanguageConfig(seed=seed))
     return train_joint(run, JointConfig(seed=seed), delta)

@@ -74,11 +74,15 @@ class SceneSettings:
         min_objects: fewest things in a picture, at least 1.
         max_objects: most things in a picture, at most 16.
         background: "shapes" (strokes, discs, polygons) or "tiles" (checks and stripes, unseen in training).
+        card_share: share of things that lie on a card, in [0, 1]; every colour is used once, so at most eight do.
+        number_share: share of cards that carry a number, in [0, 1].
     """
 
     min_objects: int = 4
     max_objects: int = 9
     background: str = "shapes"
+    card_share: float = 0.55
+    number_share: float = 0.75
 
     def __post_init__(self) -> None:
         if not 1 <= self.min_objects <= self.max_objects <= GRID * GRID:
@@ -87,6 +91,9 @@ class SceneSettings:
             )
         if self.background not in BACKGROUNDS:
             raise ValueError(f"background {self.background!r} is not one of {BACKGROUNDS}")
+        for share in (self.card_share, self.number_share):
+            if not 0 <= share <= 1:
+                raise ValueError(f"shares of cards and numbers lie in [0, 1], got {share}")
 
 
 @dataclass(frozen=True)
@@ -185,8 +192,8 @@ def make_scene(split: str, index: int, settings: SceneSettings = SceneSettings()
     things = []
     for kind, cell in zip(_draw_kinds(rng, number), cells, strict=True):
         origin = (int(cell) % GRID * CELL, int(cell) // GRID * CELL)
-        colour = str(colours.pop()) if colours and rng.random() < 0.55 else None
-        text = int(numbers.pop()) if colour and rng.random() < 0.75 else None
+        colour = str(colours.pop()) if colours and rng.random() < settings.card_share else None
+        text = int(numbers.pop()) if colour and rng.random() < settings.number_share else None
         things.append(_place(rng, kind, origin, colour, text))
     return Scene(tuple(things), settings.background, int(rng.integers(2**31)))
 

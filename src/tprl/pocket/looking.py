@@ -64,9 +64,10 @@ class Looking:
 COUNT = "count"
 TOWER_LOOKS = {
     3: {0: "nearest", 2: "left of", 3: "above"},
-    4: {0: "right of", 2: "below", 3: COUNT},
+    4: {0: "right of", 1: COUNT, 2: "below"},
 }
-"""What each taught head of the tower looks for, by layer and head; the others stay free."""
+"""What each taught head of the tower looks for, by layer and head; the others stay free. Head 3 of the last layer is:
+left to itself it gathers what the patches of a thing say, which all other words need."""
 CLS_SHARE = 3.0
 """Attention that [CLS] gets while counting, against 1 for each thing: n things leave it 3 / (3 + n)."""
 
@@ -96,10 +97,10 @@ def tower_looking_loss(
         layer: Any = vision.get_submodule(f"encoder.layers.{number}")
         states, size = layer.layer_norm1(hidden[number]), layer.self_attn.head_dim
         queries = layer.self_attn.q_proj(states[picture, 1 + patch]).float().unflatten(-1, (-1, size))
-        keys = layer.self_attn.k_proj(states).float().unflatten(-1, (-1, size))
+        keys = layer.self_attn.k_proj(states).float().unflatten(-1, (-1, size)).unbind()
         for head, looked_for in heads.items():
             scores = (
-                torch.cat([queries[picture == b, head] @ keys[b, :, head].T for b in range(len(owners))])
+                torch.cat([queries[picture == b, head] @ keys[b][:, head].T for b in range(len(owners))])
                 * layer.self_attn.scale
             )
             everything = scores.logsumexp(-1)

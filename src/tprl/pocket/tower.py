@@ -22,7 +22,7 @@ from torch.utils.data import DataLoader, Dataset
 from transformers import CLIPVisionConfig, CLIPVisionModel
 
 from tprl.checkpoint import load_checkpoint, load_optimizer, optimizer_tensors, prefixed, save_checkpoint, with_prefix
-from tprl.data.scenes import COLOURS, KINDS, SIDE, Scene, make_scene
+from tprl.data.scenes import COLOURS, KINDS, SIDE, Scene, SceneSettings, make_scene
 from tprl.pocket.labels import (
     BACKGROUND,
     GLYPHS,
@@ -57,7 +57,6 @@ class TowerConfig:
     weight_decay: float = 0.05
     seed: int = 0
     context_from: int = 300
-    frozen_layers: int = 0
     save_every: int = 50
 
 
@@ -208,6 +207,10 @@ def make_batch(scenes: list[Scene]) -> Batch:
     return Batch(*(torch.from_numpy(array) for array in arrays))
 
 
+NUMBERED = SceneSettings(card_share=1.0, number_share=1.0)
+"""Every second training picture of the tower: digits are what takes it longest to read."""
+
+
 class _Batches(Dataset[Batch]):
     """Batch ``step`` of freshly drawn training scenes."""
 
@@ -219,7 +222,8 @@ class _Batches(Dataset[Batch]):
 
     def __getitem__(self, index: int) -> Batch:
         start = (self.first + index) * self.batch_size
-        return make_batch([make_scene("train", i) for i in range(start, start + self.batch_size)])
+        numbers = range(start, start + self.batch_size)
+        return make_batch([make_scene("train", i, NUMBERED if i % 2 else SceneSettings()) for i in numbers])
 
 
 def normalise(pixels: Tensor) -> Tensor:
@@ -259,12 +263,7 @@ def train_tower(run: Path, config: TowerConfig, delta: Path | None = None) -> It
     """
     torch.manual_seed(config.seed)
     tower = shipped_tower(delta) if delta else Tower()
-    if config.frozen_layers:
-        tower.vision.get_submodule("embeddings").requires_grad_(False)
-        tower.vision.get_submodule("pre_layrnorm").requires_grad_(False)
-    for number in range(config.frozen_layers):
-        tower.vision.get_submodule(f"encoder.layers.{number}").requires_grad_(False)
-    own = [p for p in tower.parameters() if p.requires_grad]
+    own = list(tower.parameters())
     groups = [
         {"params": [p for p in own if p.ndim > 1], "weight_decay": config.weight_decay},
         {"params": [p for p in own if p.ndim <= 1], "weight_decay": 0.0},

@@ -92,7 +92,7 @@ def test_methods_and_budgets_that_are_not_known(tmp_path: Path) -> None:
 
 
 def test_data_are_written_in_the_form_that_is_read(tmp_path: Path) -> None:
-    outcome = tprl("data", "make", "--out", tmp_path / "made", "--split", "val", "--n", 12)
+    outcome = tprl("data", "make", tmp_path / "made", "--split", "val", "--n", 12)
     assert outcome.returncode == 0, outcome.stderr
     made = load_source(str(tmp_path / "made" / "questions.jsonl"), "test")
     original = load_source("scenes", "val", 12)
@@ -101,4 +101,4 @@ def test_data_are_written_in_the_form_that_is_read(tmp_path: Path) -> None:
     ]
     boxes = [(s.box, s.box_scale) for s in made.samples if s.box]
     assert boxes == [(s.box, s.box_scale) for s in original.samples if s.box]
-    refused(tprl("data", "make", "--out", tmp_path / "made"), "exists")
+    refused(tprl("data", "make", tmp_path / "made"), "exists")

@@ -45,13 +45,15 @@ def main(arguments: list[str] | None = None) -> int:
     from tprl.checkpoint import DamagedCheckpoint
 
     module = import_module(f"tprl.commands.{name}")
-    prog = f"tprl {name}"
+    prog, config = f"tprl {name}", (tyro.conf.PositionalRequiredArgs,)
     try:
         if name in GROUPS:
             functions = {action: getattr(module, action) for action in GROUPS[name]}
-            tyro.extras.subcommand_cli_from_dict(functions, prog=prog, args=rest, description=module.__doc__)
+            tyro.extras.subcommand_cli_from_dict(
+                functions, prog=prog, args=rest, description=module.__doc__, config=config
+            )
         else:
-            tyro.cli(getattr(module, name), prog=prog, args=rest, config=(tyro.conf.PositionalRequiredArgs,))
+            tyro.cli(getattr(module, name), prog=prog, args=rest, config=config)
     except (ValueError, OSError, DamagedCheckpoint, FloatingPointError) as error:
         print(f"tprl {name}: {error}", file=sys.stderr)
         return 2

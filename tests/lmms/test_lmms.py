@@ -27,7 +27,7 @@ COUNT, BUDGET = 80, 64
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Where the questions lie, as a person would make them."""
     folder = tmp_path_factory.mktemp("lmms")
-    assert main(["data", "make", "--out", str(folder / "tprl-questions"), "--split", "test", "--n", str(COUNT)]) == 0
+    assert main(["data", "make", str(folder / "tprl-questions"), "--split", "test", "--n", str(COUNT)]) == 0
     return folder
 
 

@@ -1,10 +1,12 @@
-"""What a question's last token attends to in the middle of the language model: the text-guided demonstrators' signal.
+"""What a question's last token attends to in the language model: the text-guided demonstrators' signal.
 
 One whole prefill a picture, shared by its questions, so it is a teacher's signal and not a pruner's: to know it, one
 has to pay for every visual token first.
 """
 
-from typing import Any
+from collections.abc import Sequence
+from contextlib import ExitStack
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -16,28 +18,32 @@ from tprl.lvlm.score import AnswerScorer
 
 @torch.no_grad()
 def text_attention(
-    scorer: AnswerScorer, prefix: Prefix, tokens: Tensor, blocks: list[Block], layer: int | None = None
+    scorer: AnswerScorer, prefix: Prefix, tokens: Tensor, blocks: list[Block], layers: Sequence[int] | None = None
 ) -> Tensor:
-    """Attention of every question's last prompt token to the visual tokens, mean over heads.
+    """Attention of every question's last prompt token to the visual tokens, mean over heads and layers.
 
     Args:
         scorer: of the language model.
         prefix: what stands before the questions, one row.
         tokens: visual tokens of one picture, ``(N, D)``.
         blocks: ``Q`` questions about it.
-        layer: decoder layer that is watched; the middle one unless given, since early ones do not look for answers yet.
+        layers: decoder layers that are watched; all but the first quarter unless given, which do not look for answers
+            yet. What is asked for and what it is compared with are looked up in different layers.
 
     Returns:
         float32 ``(Q, N)``.
     """
     rows = [[block] for block in blocks] if scorer.both_ways == "prompts" else [blocks]
-    return torch.cat([_attention(scorer, prefix, tokens, row, layer) for row in rows])
+    count = len(cast(Any, scorer.language).layers)
+    watched = range(count // 4, count) if layers is None else layers
+    return torch.cat([_attention(scorer, prefix, tokens, row, watched) for row in rows])
 
 
-def _attention(scorer: AnswerScorer, prefix: Prefix, tokens: Tensor, blocks: list[Block], layer: int | None) -> Tensor:
+def _attention(
+    scorer: AnswerScorer, prefix: Prefix, tokens: Tensor, blocks: list[Block], layers: Sequence[int]
+) -> Tensor:
     """``text_attention`` of questions that share a row."""
     decoder: Any = scorer.language
-    watched = decoder.layers[len(decoder.layers) // 2 if layer is None else layer]
     everything = torch.ones(1, len(tokens), dtype=torch.bool, device=tokens.device)
     packed, inputs = scorer.prepare(prefix, tokens, everything, [blocks])
     starts = torch.tensor([0, *(len(block.ids) for block in blocks)]).cumsum(0)[:-1]
@@ -50,9 +56,8 @@ def _attention(scorer: AnswerScorer, prefix: Prefix, tokens: Tensor, blocks: lis
         view = LayerView(module, hidden, hidden, none, last[:1], rotary, kwargs["attention_mask"])
         seen.append(view.attention(last[None].to(hidden.device))[0, :, packed.visual[0]])
 
-    hook = watched.register_forward_pre_hook(watch, with_kwargs=True)
-    try:
+    with ExitStack() as hooks:
+        for number in layers:
+            hooks.callback(decoder.layers[number].register_forward_pre_hook(watch, with_kwargs=True).remove)
         decoder(**inputs, use_cache=False)
-    finally:
-        hook.remove()
-    return seen[0].float()
+    return torch.stack(seen).float().mean(0)

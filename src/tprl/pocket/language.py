@@ -110,6 +110,13 @@ class LanguageConfig:
     save_every: int = 50
 
 
+def phase_of(step: int) -> tuple[Phase, int]:
+    """The phase of a step and the step at which it began; the last phase goes on for ever."""
+    starts = [0, *(phase.until for phase in CURRICULUM[:-1])]
+    number = next((n for n, phase in enumerate(CURRICULUM) if step < phase.until), len(CURRICULUM) - 1)
+    return CURRICULUM[number], starts[number]
+
+
 def train_language(run: Path, config: LanguageConfig) -> Iterator[dict[str, float]]:
     model, tokenizer = load_base()
     torch.manual_seed(config.seed)
@@ -130,11 +137,7 @@ def train_language(run: Path, config: LanguageConfig) -> Iterator[dict[str, floa
     hits: dict[str, list[bool]] = defaultdict(list)
     clock, losses, looks = time.perf_counter(), [], []
     for step in range(start, config.steps):
-        first = 0
-        for phase in CURRICULUM:
-            if step < phase.until:
-                break
-            first = phase.until
+        phase, first = phase_of(step)
         rng = np.random.default_rng((config.seed, 5, step))
         scenes = [make_scene("train", int(i)) for i in rng.integers(2**31, size=phase.pictures)]
         labels = torch.from_numpy(np.stack([patch_labels(scene, phase.grid, 0.2) for scene in scenes], 1)).long()

@@ -24,8 +24,8 @@ from tprl.commands.evaluate import SHIPPED_PRUNER
 from tprl.config import PpoStage
 from tprl.data import load_source
 from tprl.data.sample import Source
-from tprl.evaluate.benchmark import commit, machine, write_json
 from tprl.evaluate.latency import question_inputs
+from tprl.evaluate.provenance import commit, machine, write_json
 from tprl.lvlm.cache import ANSWER_LIMIT, EncodedSamples
 from tprl.lvlm.model import Lvlm
 from tprl.lvlm.packing import make_prefix

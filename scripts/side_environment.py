@@ -27,10 +27,9 @@ for line in requires(sys.argv[1]) or []:
 """
 
 SCHEMAS = """
-import torch
-library = torch.library.Library("torchvision", "FRAGMENT")
-library.define("nms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
-library.define("qnms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+from torch import library
+for name in ("nms", "qnms"):
+    library.define(f"torchvision::{name}", "(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
 """
 """What torchvision's compiled part would declare; without it, its Python part does not import."""
 

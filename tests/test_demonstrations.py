@@ -162,21 +162,6 @@ def grid_tokens(side: int, batch: int) -> VisualTokens:
     return visual
 
 
-def test_a_sample_that_needs_few_tokens_is_shown_with_few() -> None:
-    """Of six tokens the first sample needs the first, the second the first four: efficiency decides between scales
-    that both answer."""
-    visual = visual_tokens([6, 6], [1, 1], 4)
-    need = torch.tensor([1, 4])
-
-    def score(masks: Tensor) -> Tensor:
-        return (masks.sum(2) >= need).float()
-
-    teacher, unpruned = Order(range(6)), torch.ones(2)
-    found = demonstrate([teacher], visual, [4, 2], unpruned, score, 1.0, 0.1, 1.0, 0.0, None, (2.0, 1.0, 0.5))
-    assert found.trajectory.counts[:, -1].tolist() == [1, 4]
-    assert found.teacher.tolist() == [0, 0]
-
-
 def nested_start(visual: VisualTokens, budgets: Sequence[int]) -> Tensor:
     return nested_masks(Order(range(visual.mask.shape[1])), visual, budgets)
 

@@ -65,7 +65,6 @@ class ImitateStage:
         margin: return by which another teacher has to beat the first of them to be imitated instead. Teachers blind
             to the question often win by a hair, and a policy that imitates them learns to keep whatever there is.
         budgets: tokens kept after every step of a demonstration, falling.
-        scales: of the budgets; every teacher tries each, so that questions that need few tokens are shown with few.
         search_rounds: generations of the search.
         search_children: subsets that are tried in a generation; a search scores ``search_rounds * search_children``
             times as many subsets as one heuristic teacher.
@@ -78,7 +77,6 @@ class ImitateStage:
     teachers: tuple[str, ...] = ("text-attention", "fastervlm", "divprune", "cdpruner")
     margin: float = 0.1
     budgets: tuple[int, ...] = (128, 48, 16)
-    scales: tuple[float, ...] = (1.0, 0.5)
     search_rounds: int = 8
     search_children: int = 4
     epochs: int = 5

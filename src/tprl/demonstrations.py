@@ -166,7 +166,6 @@ def demonstrate(
     gamma: float,
     margin: float,
     search: Search | None = None,
-    scales: Sequence[float] = (1.0,),
 ) -> Demonstrations:
     """Let every teacher prune the batch and keep, for every sample, the trajectory with the highest return.
 
@@ -175,8 +174,6 @@ def demonstrate(
         margin: return by which another has to beat the first teacher.
         search: goes on from what was best, as one more teacher; it proposes tokens the more often, the more teachers
             keep them for the longer. None does without.
-        scales: each teacher prunes once through the budgets times each of these, so that a sample that needs less than
-            others can tell so.
     """
 
     def follow(masks: Tensor) -> tuple[Trajectory, Tensor]:
@@ -186,18 +183,17 @@ def demonstrate(
         trajectory = env.finish(unpruned_score, score)
         return trajectory, discounted_returns(trajectory.rewards, gamma)[:, 0]
 
-    sizes = [[max(1, round(scale * budget)) for budget in budgets] for scale in scales]
-    tried = [follow(nested_masks(teacher, visual, size)) for teacher in teachers for size in sizes]
+    tried = [follow(nested_masks(teacher, visual, budgets)) for teacher in teachers]
     returns = torch.stack([value for _, value in tried])
-    handicap = torch.full((len(tried), 1), margin)
-    handicap[: len(sizes)] = 0
+    handicap = torch.full((len(teachers), 1), margin)
+    handicap[0] = 0
     best = (returns - handicap).argmax(0)
     rows = torch.arange(len(best))
     if search is not None:
         held = torch.stack([trajectory.actions for trajectory, _ in tried])
         start = held[best, rows].transpose(0, 1)
         found = follow(search.improve(start, 1 + held.sum((0, 2)), visual, lambda masks: follow(masks)[1]))
-        best = torch.where(found[1] > returns[best, rows], len(tried), best)
+        best = torch.where(found[1] > returns[best, rows], len(teachers), best)
         tried.append(found)
 
     def pick(name: str) -> Tensor:
@@ -206,5 +202,5 @@ def demonstrate(
     return Demonstrations(
         Trajectory(pick("states"), pick("actions"), pick("rewards"), pick("scores")),
         torch.stack([value for _, value in tried])[best, rows],
-        best // len(sizes),
+        best,
     )

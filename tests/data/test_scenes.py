@@ -9,21 +9,10 @@ import pytest
 
 from tprl.data import SCENES, load_source
 from tprl.data.sample import Sample
-from tprl.data.scenes import (
-    BOX_SCALE,
-    COLOURS,
-    FAMILIES,
-    KINDS,
-    SIDE,
-    Scene,
-    Scenes,
-    SceneSettings,
-    Thing,
-    ask,
-    box_text,
-    make_scene,
-    parse_box,
-)
+from tprl.data.scenes.drawing import render
+from tprl.data.scenes.questions import BOX_SCALE, FAMILIES, ask, box_text, parse_box
+from tprl.data.scenes.scene import COLOURS, KINDS, SIDE, Scene, SceneSettings, Thing, make_scene
+from tprl.data.scenes.source import Scenes
 
 SPLITS = ("train", "val", "test")
 
@@ -176,7 +165,7 @@ def test_equal_arguments_give_equal_scenes() -> None:
 def test_splits_share_no_scene() -> None:
     scenes = [make_scene(split, index) for split in SPLITS for index in range(1500)]
     assert len({scene.things for scene in scenes}) == len(scenes)
-    assert len({np.asarray(make_scene(split, 0).render()).tobytes() for split in SPLITS}) == len(SPLITS)
+    assert len({np.asarray(render(make_scene(split, 0))).tobytes() for split in SPLITS}) == len(SPLITS)
 
 
 def overlap(a: tuple[int, int, int, int], b: tuple[int, int, int, int]) -> bool:
@@ -206,12 +195,30 @@ def test_things_stand_apart_within_the_picture() -> None:
             assert not any(overlap(thing.region, other.region) for other in scene.things[:i])
 
 
+def test_cards_and_numbers_are_as_frequent_as_asked() -> None:
+    for index in range(50):
+        full = make_scene("train", index, SceneSettings(max_objects=16, card_share=1, number_share=1))
+        cards = [thing.card for thing in full.things if thing.card]
+        assert len(cards) == min(len(full.things), len(COLOURS))
+        assert all(card.number is not None for card in cards)
+        plain = make_scene("train", index, SceneSettings(number_share=0)).things
+        assert all(thing.card is None or thing.card.number is None for thing in plain)
+        assert not any(thing.card for thing in make_scene("train", index, SceneSettings(card_share=0)).things)
+
+
+@pytest.mark.parametrize("name", ["card_share", "number_share"])
+@pytest.mark.parametrize("share", [-0.1, 1.1])
+def test_a_share_is_a_share(name: str, share: float) -> None:
+    with pytest.raises(ValueError, match=rf"\[0, 1\], got {share}"):
+        SceneSettings(**{name: share})
+
+
 def test_pictures_show_the_things() -> None:
     """A picture differs from its background within the things and their cards, and nowhere else."""
     for index in range(4):
         scene = make_scene("test", index)
-        empty = Scene((), scene.background, scene.background_seed).render()
-        changed = (np.asarray(scene.render()) != np.asarray(empty)).any(2)
+        empty = render(Scene((), scene.background, scene.background_seed))
+        changed = (np.asarray(render(scene)) != np.asarray(empty)).any(2)
         for thing in scene.things:
             left, top, right, bottom = thing.region
             assert changed[top:bottom, left:right].mean() > 0.1

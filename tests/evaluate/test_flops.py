@@ -12,14 +12,13 @@ from lvlm.tiny import NAMES, make
 from tprl.commands.flops import flops
 from tprl.config import PrunerConfig
 from tprl.evaluate.flops import (
-    PRESETS,
     encoded_by,
     kv_cache_mib,
-    load_config,
     lvlm_flops,
     module_flops,
     text_tokens_at,
 )
+from tprl.evaluate.presets import PRESETS, load_config
 from tprl.pruner import TokenPruner
 from tprl.selectors.in_model import FastV
 from tprl.types import VisualTokens

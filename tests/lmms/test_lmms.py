@@ -105,7 +105,7 @@ def test_what_is_asked_of_it(folder: Path, model: Tprl) -> None:
         model.generate_until([request([picture, picture])])
     with pytest.raises(ValueError, match="answers greedily"):
         model.generate_until([request([picture], do_sample=True)])
-    with pytest.raises(NotImplementedError, match="generate_until"):
+    with pytest.raises(ValueError, match="generate_until"):
         model.loglikelihood([])
 
 

@@ -8,7 +8,7 @@ import torch
 from evaluate.world import World, tiny_lvlm
 from tprl.data.sample import Source
 from tprl.evaluate.latency import prompt_inputs
-from tprl.lvlm import cache
+from tprl.lvlm import shards
 from tprl.lvlm.cache import EncodedSamples
 from tprl.lvlm.model import Lvlm
 from tprl.scoring import score
@@ -76,8 +76,8 @@ def test_shards_are_closed_once_full_and_an_interrupted_build_goes_on(
     lvlm: Lvlm, encoded: EncodedSamples, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Twenty pictures in batches of four, and a shard is full after five: each holds eight."""
-    monkeypatch.setattr(cache, "ENCODE_BATCH", 4)
-    monkeypatch.setattr(cache, "SHARD_BYTES", 5 * (16 * 16 * 4 + 16 * 2 * 4))
+    monkeypatch.setattr(shards, "ENCODE_BATCH", 4)
+    monkeypatch.setattr(shards, "SHARD_BYTES", 5 * (16 * 16 * 4 + 16 * 2 * 4))
     whole = EncodedSamples(lvlm, World(20), tmp_path / "whole")
     names = [f"tokens-{number:05d}.safetensors" for number in range(3)]
     assert sorted(path.name for path in whole.folder.iterdir()) == names

@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from tprl.data.scenes import COLOURS, DIRECTIONS, KINDS, SIDE, make_scene
+from tprl.data.scenes.scene import COLOURS, DIRECTIONS, KINDS, SIDE, make_scene
 from tprl.pocket.labels import GLYPHS, GRID, IGNORE, SLOTS, anchors, glyph_labels, patch_labels, presence
 
 NAMES = [slot.name for slot in SLOTS]

@@ -5,7 +5,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from tprl.data.scenes import DIRECTIONS, KINDS, Scene, make_scene
+from tprl.data.scenes.scene import DIRECTIONS, KINDS, Scene, make_scene
 from tprl.pocket.labels import BACKGROUND, GRID, LOOKUPS, anchors, patch_labels, patch_neighbours, patch_owners
 from tprl.pocket.looking import CLS_SHARE, COUNT, TOWER_LOOKS, tower_looking_loss
 from tprl.pocket.tower import Batch, Tower, make_batch, normalise

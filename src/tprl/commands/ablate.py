@@ -12,7 +12,8 @@ from tprl.commands.train import PRESETS
 from tprl.config import PrunerConfig, TrainConfig
 from tprl.data import load_source
 from tprl.evaluate.ablation import Cells, compare, load_cells, measure, save_cells, write_ablation
-from tprl.evaluate.benchmark import check_out, commit, machine, samples_digest
+from tprl.evaluate.benchmark import check_out
+from tprl.evaluate.provenance import commit, machine, samples_digest
 from tprl.lvlm.cache import EncodedSamples, weights_digest
 from tprl.pocket.assemble import cache_folder, open_lvlm
 from tprl.train.ablation import FULL, ROWS, train_row

@@ -4,7 +4,8 @@ from rich.console import Console
 from rich.table import Table
 
 from tprl.commands.parse import parse_budgets
-from tprl.evaluate.flops import encoded_by, kv_cache_mib, load_config, lvlm_flops, text_tokens_at
+from tprl.evaluate.flops import encoded_by, kv_cache_mib, lvlm_flops, text_tokens_at
+from tprl.evaluate.presets import load_config
 
 PAPER_SAVED = 0.542
 """Share of the FLOPs that TPRL, arXiv 2603.13394, says to save by keeping a third of the visual tokens."""

@@ -11,7 +11,7 @@ from tprl.clock import Seconds
 from tprl.commands.evaluate import SHIPPED_PRUNER
 from tprl.config import TrainConfig
 from tprl.data import load_source
-from tprl.evaluate.benchmark import machine, write_json
+from tprl.evaluate.provenance import machine, write_json
 from tprl.pocket.assemble import open_lvlm
 from tprl.profiling import profile_inference, profile_training
 from tprl.pruner import TokenPruner

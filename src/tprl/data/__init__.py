@@ -5,7 +5,8 @@ from pathlib import Path
 from tprl.data.easy_vqa import EasyVqa
 from tprl.data.jsonl import Jsonl
 from tprl.data.sample import Source
-from tprl.data.scenes import Scenes, SceneSettings
+from tprl.data.scenes.scene import SceneSettings
+from tprl.data.scenes.source import Scenes
 
 SCENES = {
     "scenes": SceneSettings(),

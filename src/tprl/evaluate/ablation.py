@@ -8,8 +8,9 @@ from pathlib import Path
 from statistics import stdev
 from typing import Any
 
-from tprl.evaluate.benchmark import Cell, mean, score_questions, write_json, write_text
+from tprl.evaluate.benchmark import Cell, mean, score_questions
 from tprl.evaluate.methods import make_methods
+from tprl.evaluate.provenance import write_json, write_text
 from tprl.evaluate.statistics import bootstrap_ci95
 from tprl.lvlm.cache import EncodedSamples
 from tprl.lvlm.cut import Positions

@@ -4,15 +4,10 @@ Every (method, budget) is a cell, stored as soon as it is measured as ``cells/ME
 every question; all differences are paired per question. ``results.json`` is made of the cells alone.
 """
 
-import hashlib
 import json
-import os
-import platform
 import shutil
-import subprocess
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -20,16 +15,15 @@ import torch
 from torch import Tensor
 from transformers import BatchFeature
 
-import tprl
 from tprl.data.sample import Source
 from tprl.evaluate.flops import encoded_tokens, kv_cache_mib, lvlm_flops
 from tprl.evaluate.latency import measure_prefill, prompt_inputs
 from tprl.evaluate.methods import QUESTION_BLIND, Method, choice_flops
+from tprl.evaluate.provenance import commit, machine, pruner_digest, samples_digest, write_json
 from tprl.evaluate.statistics import bootstrap_ci95
 from tprl.lvlm.cache import EncodedSamples, weights_digest
 from tprl.lvlm.model import Lvlm
 from tprl.progress import track
-from tprl.pruner import TokenPruner
 
 PICTURES_AT_ONCE = 8
 QUESTIONS_AT_ONCE = 64
@@ -287,63 +281,8 @@ def score_questions(encoded: EncodedSamples, method: Method, title: str) -> Cell
     return Cell(torch.cat(scores).tolist(), kept)
 
 
-def samples_digest(source: Source) -> str:
-    """A digest that changes with any question, answer or picture's name."""
-    samples = "\n".join(f"{s.image_id}\t{s.question}\t{s.answers}\t{s.box}" for s in source.samples)
-    return hashlib.sha256(samples.encode()).hexdigest()[:16]
-
-
 def mean(values: Sequence[float]) -> float:
     return sum(values) / len(values)
-
-
-def pruner_digest(pruner: TokenPruner) -> str:
-    """A digest that changes with any weight or setting of a pruner."""
-    digest = hashlib.sha256(repr(pruner.config).encode())
-    for name, tensor in sorted(pruner.state_dict().items()):
-        digest.update(name.encode() + tensor.cpu().numpy().tobytes())
-    return digest.hexdigest()[:16]
-
-
-def machine(lvlm: Lvlm) -> dict[str, Any]:
-    """Where and how it was measured."""
-    info = Path("/proc/cpuinfo")
-    names = [line for line in info.read_text().splitlines() if line.startswith("model name")] if info.exists() else []
-    return {
-        "cpu": names[0].partition(": ")[2] if names else platform.processor() or platform.machine(),
-        "cores": os.cpu_count(),
-        "threads": torch.get_num_threads(),
-        "device": torch.cuda.get_device_name(lvlm.device) if lvlm.device.type == "cuda" else str(lvlm.device),
-        "torch": torch.__version__,
-        "dtype": str(lvlm.model.dtype).removeprefix("torch."),
-    }
-
-
-def commit() -> str:
-    """The git commit of the source tree, or the package's version where it does not lie in one."""
-    folder = Path(tprl.__file__).parent
-    git = shutil.which("git")
-    if git is not None:
-        tracked = subprocess.run(
-            [git, "ls-files", "__init__.py"], cwd=folder, capture_output=True, text=True, check=False
-        )
-        if tracked.stdout.strip():
-            return subprocess.run(
-                [git, "rev-parse", "HEAD"], cwd=folder, capture_output=True, text=True, check=True
-            ).stdout.strip()
-    return version("tprl")
-
-
-def write_text(path: Path, text: str) -> None:
-    """Write ``text`` whole or not at all."""
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(text)
-    partial.replace(path)
-
-
-def write_json(path: Path, content: Any) -> None:
-    """Write ``content`` as JSON, whole or not at all."""
-    write_text(path, json.dumps(content, indent=1) + "\n")
 
 
 def check_out(out: Path, resume: bool, overwrite: bool) -> None:

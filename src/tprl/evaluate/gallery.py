@@ -11,9 +11,10 @@ import torch
 
 from tprl.data.sample import Sample, Source
 from tprl.evaluate.answers import greedy_answer, kept_tokens
-from tprl.evaluate.benchmark import Cell, write_json
+from tprl.evaluate.benchmark import Cell
 from tprl.evaluate.latency import prompt_inputs, pruned_model
 from tprl.evaluate.methods import Method
+from tprl.evaluate.provenance import write_json
 from tprl.lvlm.model import Lvlm
 from tprl.progress import track
 from tprl.scoring import score

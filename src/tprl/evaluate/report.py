@@ -15,8 +15,9 @@ from markupsafe import Markup
 from matplotlib.figure import Figure
 
 from tprl.evaluate.ablation import ABLATION
-from tprl.evaluate.benchmark import RESULTS, write_text
+from tprl.evaluate.benchmark import RESULTS
 from tprl.evaluate.gallery import RIGHT
+from tprl.evaluate.provenance import write_text
 from tprl.evaluate.tables import COLOURS, by_budget, draw_curves
 
 METRICS = "metrics.jsonl"

@@ -83,7 +83,7 @@ class Tprl(lmms):
         return text.strip()
 
     def loglikelihood(self, requests: list[Instance]) -> NoReturn:
-        raise NotImplementedError("the model tprl generates answers; choose a task of the type generate_until")
+        raise ValueError("the model tprl generates answers; choose a task of the type generate_until")
 
     def generate_until_multi_round(self, requests: list[Instance]) -> NoReturn:
-        raise NotImplementedError("the model tprl answers one question; choose a task of the type generate_until")
+        raise ValueError("the model tprl answers one question; choose a task of the type generate_until")

@@ -1,48 +1,32 @@
 """Samples as a frozen LVLM sees them, computed once and kept on disk.
 
-Pictures become visual tokens in shards of ``SHARD_BYTES``; a shard is read slice by slice, never whole, so memory does
-not grow with the number of pictures. The cache is keyed by everything that its content depends on, so another model,
-another processor, other data or another dtype make another cache.
+Pictures become visual tokens in shards (``tprl.lvlm.shards``). The cache is keyed by everything that its content
+depends on, so another model, another processor, other data or another dtype make another cache.
 """
 
 import hashlib
 import json
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, cast
 
 import torch
-from safetensors import safe_open
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from tprl.checkpoint import load_checkpoint, save_checkpoint, save_tensors
+from tprl.checkpoint import load_checkpoint, save_checkpoint
 from tprl.clock import phase
 from tprl.data.sample import Sample, Source
 from tprl.lvlm.model import EncodedPicture, Lvlm
 from tprl.lvlm.packing import Block, Prefix, make_prefix
 from tprl.lvlm.score import AnswerScorer, AnswerScores, Within
+from tprl.lvlm.shards import Shards
 from tprl.progress import track
 from tprl.scoring import score
 from tprl.types import VisualTokens
 
-SHARD_BYTES = 256 * 2**20
-"""A shard is closed once it holds so much; building one takes as much memory, and a batch of pictures."""
-ENCODE_BATCH = 16
 ANSWER_LIMIT = 32
 """Tokens after which a generated answer is cut off."""
-
-
-@dataclass(frozen=True)
-class _Place:
-    """Where a picture's rows stand, and its ``text`` and ``runs`` as in ``EncodedPicture``."""
-
-    shard: int
-    first: int
-    last: int
-    text: str
-    runs: tuple[int, ...]
 
 
 class EncodedSamples:
@@ -71,7 +55,8 @@ class EncodedSamples:
         }
         self.folder = folder / hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:16]
         self.folder.mkdir(parents=True, exist_ok=True)
-        self._build()
+        self._shards = Shards(lvlm, source, self.image_ids, self.folder, self.signals)
+        self._image_id = int(lvlm.model.config.image_token_id)
         model = cast(Any, lvlm.model)
         self.scorer = AnswerScorer(model.get_decoder(), model.get_output_embeddings(), lvlm.family.both_ways)
         self.questions: dict[str, list[int]] = {image_id: [] for image_id in self.image_ids}
@@ -91,12 +76,8 @@ class EncodedSamples:
         return visual.to(self.lvlm.device)
 
     def features(self, image_id: str) -> EncodedPicture:
-        """One picture as the language model is shown it, read from its shard."""
-        place = self._places[image_id]
-        with safe_open(self._shard(place.shard), "pt") as file:
-            parts = {name: file.get_slice(name)[place.first : place.last] for name in file.keys()}  # noqa: SIM118
-        named = {name: parts.pop(name) for name in ("tokens", "coords", "places", "deep") if name in parts}
-        return EncodedPicture(signals=parts, text=place.text, runs=place.runs, **named)
+        """One picture as the language model is shown it."""
+        return self._shards.picture(image_id)
 
     def block(self, index: int) -> Block:
         """Question and reference answer of a sample, tokenised, as they follow the picture."""
@@ -117,8 +98,8 @@ class EncodedSamples:
         if not pictures:
             text = [[token for token in row if token != self._image_id] for row in before]
             return make_prefix(text, self._image_id, [()] * len(text))
-        runs = [self._places[self.samples[i].image_id].runs for i in indices]
-        if not self._stored & {"places", "deep"}:
+        runs = [self._shards.places[self.samples[i].image_id].runs for i in indices]
+        if not self._shards.stored & {"places", "deep"}:
             return make_prefix(before, self._image_id, runs)
         shown = [self.features(self.samples[i].image_id) for i in indices]
         places = [picture.places for picture in shown if picture.places is not None]
@@ -129,7 +110,7 @@ class EncodedSamples:
         """A sample's prompt up to the last visual token, see ``Lvlm.prompt_ids``, and its block."""
         if index not in self._prompts:
             sample = self.samples[index]
-            shown = self._places[sample.image_id].text
+            shown = self._shards.places[sample.image_id].text
             before, prompt = self.lvlm.prompt_ids(sample.question, None, shown)
             _, whole = self.lvlm.prompt_ids(sample.question, sample.answers[0], shown)
             self._prompts[index] = before, Block(whole, len(prompt))
@@ -272,54 +253,6 @@ class EncodedSamples:
             at = torch.tensor([i for image_id in chosen for i in self.questions[image_id]])
             log_prob[at], correct[at] = scores.log_prob, scores.correct
         return AnswerScores(log_prob, correct)
-
-    def _shard(self, number: int) -> Path:
-        return self.folder / f"tokens-{number:05d}.safetensors"
-
-    def _build(self) -> None:
-        """Find the pictures' places; those that no shard holds are encoded first."""
-        self._image_id = int(self.lvlm.model.config.image_token_id)
-        self._stored: frozenset[str] = frozenset()
-        ids = track(self.image_ids, f"encoding {self.source.name}/{self.source.split}")
-        self._places = dict(zip(ids, self._walk(), strict=True))
-
-    def _walk(self) -> Iterator[_Place]:
-        """The places of all pictures, shard by shard; an interrupted build goes on where it stopped."""
-        number = found = 0
-        while found < len(self.image_ids):
-            if not self._shard(number).exists():
-                self._write(number, self.image_ids[found:])
-            with safe_open(self._shard(number), "pt") as file:
-                self._stored = frozenset(file.keys())
-                pictures = json.loads(file.metadata()["pictures"])
-            first = 0
-            for text, runs in pictures:
-                yield _Place(number, first, first + sum(runs), text, tuple(runs))
-                first += sum(runs)
-            number, found = number + 1, found + len(pictures)
-
-    def _write(self, number: int, image_ids: list[str]) -> None:
-        """Fill a shard with the first of some pictures."""
-        pictures: list[EncodedPicture] = []
-        parts: dict[str, list[Tensor]] = {}
-        size = 0
-        for start in range(0, len(image_ids), ENCODE_BATCH):
-            images = [self.source.image(image_id) for image_id in image_ids[start : start + ENCODE_BATCH]]
-            for picture in self.lvlm.encode_images(images, self.signals):
-                pictures.append(picture)
-                for name, values in _tensors(picture).items():
-                    parts.setdefault(name, []).append(values)
-                    size += values.nbytes
-            if size >= SHARD_BYTES:
-                break
-        shown = json.dumps([(picture.text, picture.runs) for picture in pictures])
-        save_tensors(self._shard(number), {name: torch.cat(part) for name, part in parts.items()}, {"pictures": shown})
-
-
-def _tensors(picture: EncodedPicture) -> dict[str, Tensor]:
-    """What a shard holds of a picture."""
-    named = {"tokens": picture.tokens, "coords": picture.coords, "places": picture.places, "deep": picture.deep}
-    return {name: values.cpu() for name, values in (named | picture.signals).items() if values is not None}
 
 
 def weights_digest(lvlm: Lvlm) -> str:

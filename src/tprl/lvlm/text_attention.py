@@ -4,9 +4,8 @@ One whole prefill a picture, shared by its questions, so it is a teacher's signa
 has to pay for every visual token first.
 """
 
-from collections.abc import Sequence
 from contextlib import ExitStack
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,31 +16,25 @@ from tprl.lvlm.score import AnswerScorer
 
 
 @torch.no_grad()
-def text_attention(
-    scorer: AnswerScorer, prefix: Prefix, tokens: Tensor, blocks: list[Block], layers: Sequence[int] | None = None
-) -> Tensor:
-    """Attention of every question's last prompt token to the visual tokens, mean over heads and layers.
+def text_attention(scorer: AnswerScorer, prefix: Prefix, tokens: Tensor, blocks: list[Block]) -> Tensor:
+    """Attention of every question's last prompt token to the visual tokens, mean over heads and over all decoder layers
+    but the first quarter, which do not look for answers yet. What is asked for and what it is compared with are looked
+    up in different layers.
 
     Args:
         scorer: of the language model.
         prefix: what stands before the questions, one row.
         tokens: visual tokens of one picture, ``(N, D)``.
         blocks: ``Q`` questions about it.
-        layers: decoder layers that are watched; all but the first quarter unless given, which do not look for answers
-            yet. What is asked for and what it is compared with are looked up in different layers.
 
     Returns:
         float32 ``(Q, N)``.
     """
     rows = [[block] for block in blocks] if scorer.both_ways == "prompts" else [blocks]
-    count = len(cast(Any, scorer.language).layers)
-    watched = range(count // 4, count) if layers is None else layers
-    return torch.cat([_attention(scorer, prefix, tokens, row, watched) for row in rows])
+    return torch.cat([_attention(scorer, prefix, tokens, row) for row in rows])
 
 
-def _attention(
-    scorer: AnswerScorer, prefix: Prefix, tokens: Tensor, blocks: list[Block], layers: Sequence[int]
-) -> Tensor:
+def _attention(scorer: AnswerScorer, prefix: Prefix, tokens: Tensor, blocks: list[Block]) -> Tensor:
     """``text_attention`` of questions that share a row."""
     decoder: Any = scorer.language
     everything = torch.ones(1, len(tokens), dtype=torch.bool, device=tokens.device)
@@ -57,7 +50,7 @@ def _attention(
         seen.append(view.attention(last[None].to(hidden.device))[0, :, packed.visual[0]])
 
     with ExitStack() as hooks:
-        for number in layers:
-            hooks.callback(decoder.layers[number].register_forward_pre_hook(watch, with_kwargs=True).remove)
+        for layer in decoder.layers[len(decoder.layers) // 4 :]:
+            hooks.callback(layer.register_forward_pre_hook(watch, with_kwargs=True).remove)
         decoder(**inputs, use_cache=False)
     return torch.stack(seen).float().mean(0)

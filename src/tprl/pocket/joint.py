@@ -18,7 +18,8 @@ from torch import Tensor, nn
 from transformers import LlavaForConditionalGeneration
 
 from tprl.checkpoint import load_checkpoint, load_optimizer, optimizer_tensors, prefixed, save_checkpoint, with_prefix
-from tprl.data.scenes import FAMILIES, make_scene
+from tprl.data.scenes.questions import FAMILIES
+from tprl.data.scenes.scene import make_scene
 from tprl.lvlm.packing import pack
 from tprl.pocket.base import embeddings_of, image_token_id, load_base
 from tprl.pocket.labels import GRID, SLOTS, UNITS

@@ -9,7 +9,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from tprl.data.scenes import BOX_SCALE, COLOURS, DIRECTIONS, KINDS, SIDE, THIRDS, Scene, Thing
+from tprl.data.scenes.questions import BOX_SCALE
+from tprl.data.scenes.scene import COLOURS, DIRECTIONS, KINDS, SIDE, THIRDS, Scene, Thing
 
 GRID = 24
 """Visual tokens a side."""

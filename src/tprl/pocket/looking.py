@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from transformers import CLIPVisionModel, LlamaModel
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
-from tprl.data.scenes import COLOURS, KINDS
+from tprl.data.scenes.scene import COLOURS, KINDS
 from tprl.lvlm.packing import Packed
 from tprl.pocket.labels import LOOKUPS
 from tprl.pocket.questions import Questions
@@ -66,8 +66,8 @@ TOWER_LOOKS = {
     3: {0: "nearest", 2: "left of", 3: "above"},
     4: {0: "right of", 1: COUNT, 2: "below"},
 }
-"""What each taught head of the tower looks for, by layer and head; the others stay free. Head 3 of the last layer is:
-left to itself it gathers what the patches of a thing say, which all other words need."""
+"""What each taught head of the tower looks for, by layer and head; the others stay free. Head 3 of the last layer is
+better left alone: it learns by itself to gather what the patches of a thing say, which all words need."""
 CLS_SHARE = 3.0
 """Attention that [CLS] gets while counting, against 1 for each thing: n things leave it 3 / (3 + n)."""
 
@@ -97,6 +97,7 @@ def tower_looking_loss(
         layer: Any = vision.get_submodule(f"encoder.layers.{number}")
         states, size = layer.layer_norm1(hidden[number]), layer.self_attn.head_dim
         queries = layer.self_attn.q_proj(states[picture, 1 + patch]).float().unflatten(-1, (-1, size))
+        # Apart, since the gradient of a slice is as large as what it was cut from.
         keys = layer.self_attn.k_proj(states).float().unflatten(-1, (-1, size)).unbind()
         for head, looked_for in heads.items():
             scores = (

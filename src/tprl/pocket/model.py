@@ -11,7 +11,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from tprl.data.scenes import SIDE
+from tprl.data.scenes.scene import SIDE
 from tprl.pocket.base import CHAT_TEMPLATE, IMAGE_TOKEN
 from tprl.pocket.labels import GRID
 from tprl.pocket.tower import vision_config

@@ -8,7 +8,8 @@ import numpy as np
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from tprl.data.scenes import COLOURS, DIRECTIONS, KINDS, Scene, ask
+from tprl.data.scenes.questions import ask
+from tprl.data.scenes.scene import COLOURS, DIRECTIONS, KINDS, Scene
 from tprl.lvlm.packing import Block, Prefix, make_prefix
 from tprl.pocket.labels import SLOTS
 

@@ -22,7 +22,8 @@ from torch.utils.data import DataLoader, Dataset
 from transformers import CLIPVisionConfig, CLIPVisionModel
 
 from tprl.checkpoint import load_checkpoint, load_optimizer, optimizer_tensors, prefixed, save_checkpoint, with_prefix
-from tprl.data.scenes import COLOURS, KINDS, SIDE, Scene, SceneSettings, make_scene
+from tprl.data.scenes.drawing import render
+from tprl.data.scenes.scene import COLOURS, KINDS, SIDE, STANDARD, Scene, SceneSettings, make_scene
 from tprl.pocket.labels import (
     BACKGROUND,
     GLYPHS,
@@ -196,7 +197,7 @@ class Batch(NamedTuple):
 def make_batch(scenes: list[Scene]) -> Batch:
     owners = [patch_owners(scene) for scene in scenes]
     arrays = (
-        np.stack([np.asarray(scene.render()) for scene in scenes]),
+        np.stack([np.asarray(render(scene)) for scene in scenes]),
         np.stack([patch_labels(scene) for scene in scenes], 1).astype(np.int64),
         np.stack(owners),
         np.stack([patch_neighbours(scene, own) for scene, own in zip(scenes, owners, strict=True)]),
@@ -211,7 +212,7 @@ NUMBERED = SceneSettings(card_share=1.0, number_share=1.0)
 """Every second training picture of the tower: digits are what takes it longest to read."""
 
 
-class _Batches(Dataset[Batch]):
+class Batches(Dataset[Batch]):
     """Batch ``step`` of freshly drawn training scenes."""
 
     def __init__(self, batch_size: int, first: int, last: int) -> None:
@@ -223,7 +224,7 @@ class _Batches(Dataset[Batch]):
     def __getitem__(self, index: int) -> Batch:
         start = (self.first + index) * self.batch_size
         numbers = range(start, start + self.batch_size)
-        return make_batch([make_scene("train", i, NUMBERED if i % 2 else SceneSettings()) for i in numbers])
+        return make_batch([make_scene("train", i, NUMBERED if i % 2 else STANDARD) for i in numbers])
 
 
 def normalise(pixels: Tensor) -> Tensor:
@@ -277,7 +278,7 @@ def train_tower(run: Path, config: TowerConfig, delta: Path | None = None) -> It
         start = meta["step"]
     tower.vision.set_attn_implementation(fastest_attention())
     see = compiled_if_mixed(tower)
-    loader = DataLoader(_Batches(config.batch_size, start, config.steps), batch_size=None, num_workers=1)
+    loader = DataLoader(Batches(config.batch_size, start, config.steps), batch_size=None, num_workers=1)
     seen: dict[str, list[float]] = defaultdict(list)
     clock = time.perf_counter()
     for step, batch in enumerate(loader, start):

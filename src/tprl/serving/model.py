@@ -1,5 +1,6 @@
 """The encoder step of a served model: the vision tower, then the pruner with the question of the request."""
 
+from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -18,7 +19,7 @@ TOWER_CACHE_BYTES = 256 * 2**20
 tower once."""
 
 
-class PrunedModel:
+class PrunedModel(ABC):
     """Before one of vLLM's multimodal models: ``embed_multimodal`` returns only the visual tokens that are kept.
 
     Raises:
@@ -46,13 +47,13 @@ class PrunedModel:
             kept.append(self._kept(tokens, self._grid(inputs, len(tokens)), query, float(ratio)))
         return kept
 
+    @abstractmethod
     def _only(self, kwargs: Mapping[str, Any], item: int) -> dict[str, Any]:
         """What the stock ``embed_multimodal`` is given for one of the pictures."""
-        raise NotImplementedError
 
+    @abstractmethod
     def _grid(self, inputs: Mapping[str, Any], count: int) -> tuple[int, int]:
         """Rows and columns of one picture's ``count`` visual tokens."""
-        raise NotImplementedError
 
     def _encoded(self, key: bytes, inputs: dict[str, Any]) -> Tensor:
         """Projected visual tokens ``(N, D)`` of one picture, remembered by its ``key``."""

@@ -6,6 +6,7 @@ the same ratio.
 """
 
 import hashlib
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -72,7 +73,7 @@ class PicturesOnly:
         return {"image": info.get_max_image_tokens()}
 
 
-class PrunedProcessor:
+class PrunedProcessor(ABC):
     """Before one of vLLM's multimodal processors: adds what ``PrunedModel`` needs, and lays out only as many
     placeholders as are kept."""
 
@@ -97,9 +98,9 @@ class PrunedProcessor:
             model = AutoModelForImageTextToText.from_config(config)
         return Lvlm(model, self.info.get_hf_processor()).template_ids | {config.image_token_id}
 
+    @abstractmethod
     def _pictures(self, processed: Mapping[str, Any]) -> list[tuple[Tensor, ...]]:
         """All that the vision tower is given of each picture."""
-        raise NotImplementedError
 
     def _call_hf_processor(self, hf_data: Any, hf_kwargs: Mapping[str, Any]) -> Any:
         return super()._call_hf_processor(hf_data, _stock(hf_kwargs))  # type: ignore[misc]

@@ -83,14 +83,7 @@ def _key(train: EncodedSamples, count: int, config: TrainConfig) -> str:
     drawn = {SEARCH, Random.name} & set(settings.teachers)
     parts = [
         [(sample.image_id, sample.question, sample.answers) for sample in train.samples[:count]],
-        [
-            settings.teachers,
-            settings.margin,
-            settings.budgets,
-            settings.scales,
-            settings.search_rounds,
-            settings.search_children,
-        ],
+        [settings.teachers, settings.margin, settings.budgets, settings.search_rounds, settings.search_children],
         [ppo.score, ppo.alpha, ppo.beta, ppo.gamma],
         config.seed if drawn else None,
     ]
@@ -218,7 +211,6 @@ def _demonstrate(
         config.ppo.gamma,
         settings.margin,
         search,
-        settings.scales,
     )
     return {"states": best.trajectory.states.to(torch.uint8), "teacher": best.teacher, "returns": best.returns}
 

@@ -65,5 +65,5 @@ quickstart: setup
 	$(VENV)/bin/tprl data make $(QUICK)/pictures --split test --n 10
 	$(VENV)/bin/tprl answer $(QUICK)/pictures/0.png "$$($(PYTHON) -c 'from tprl.data import load_source; print(load_source("scenes", "test", 2).samples[1].question)')" --picture $(QUICK)/kept.png --steps
 	$(VENV)/bin/tprl train $(QUICK)/train --preset quick
-	$(VENV)/bin/tprl evaluate $(QUICK)/results --n 100 --budgets 192,64,32 --methods tprl,random,fastervlm,divprune
+	$(VENV)/bin/tprl evaluate $(QUICK)/results --n 100 --budgets 192,64,32 --methods tprl,random,divprune
 	@echo "pictures and results are in $(QUICK)"

@@ -25,8 +25,8 @@ QUICK = TrainConfig(
     AutoencoderStage(steps=60, pictures=4),
     ImitateStage(demonstrations=96, epochs=12, batch=16),
     PpoStage(epochs=6, questions=16, rollouts=4),
-    samples=600,
-    validation=100,
+    samples=300,
+    validation=50,
     save_every=10,
 )
 """A short training that shows every stage at work; far too short for a good pruner."""

@@ -47,12 +47,14 @@ def slow_loss(weights: dict[tuple[int, int], Tensor], scenes: list[Scene]) -> fl
     for number, heads in TOWER_LOOKS.items():
         for head, looked_for in heads.items():
             for b, scene in enumerate(scenes):
-                owners, centres = patch_owners(scene), anchors(scene)
+                owners = patch_owners(scene)
                 for patch in np.flatnonzero(owners >= 0):
                     thing, attention = scene.things[owners[patch]], weights[number, head][b, patch].double()
                     if looked_for == COUNT:
-                        alike = [1 + p for p in np.flatnonzero(centres) if scene.things[owners[p]].kind == thing.kind]
-                        logs = CLS_SHARE * attention[0].log() + attention[alike].log().sum()
+                        alike = [
+                            1 + np.flatnonzero(owners == n) for n, t in enumerate(scene.things) if t.kind == thing.kind
+                        ]
+                        logs = CLS_SHARE * attention[0].log() + sum(attention[on].sum().log() for on in alike)
                         losses.append(-logs.item() / (CLS_SHARE + len(alike)))
                         continue
                     direction = None if looked_for == "nearest" else DIRECTIONS[looked_for]
@@ -71,14 +73,14 @@ def test_the_loss_is_that_of_the_tower_s_own_attention(scenes: list[Scene], batc
             parameter.mul_(2)  # else all attention is nearly even, and many a mistake would not show
     tower.vision.set_attn_implementation("eager")
     output = tower.vision(normalise(batch.pixels), output_hidden_states=True, output_attentions=True)
-    loss = tower_looking_loss(tower.vision, output.hidden_states, batch.owners, batch.neighbours, batch.alike)
+    loss = tower_looking_loss(tower.vision, output.hidden_states, batch.owners, batch.neighbours, batch.kinds)
     weights = {
         (number, head): output.attentions[number][:, head, 1:]
         for number, heads in TOWER_LOOKS.items()
         for head in heads
     }
     assert loss.item() == pytest.approx(slow_loss(weights, scenes), rel=1e-4)
-    other = tower_looking_loss(tower.vision, output.hidden_states, batch.owners, batch.neighbours.flip(1), batch.alike)
+    other = tower_looking_loss(tower.vision, output.hidden_states, batch.owners, batch.neighbours.flip(1), batch.kinds)
     assert abs(other.item() - loss.item()) > 1e-2
 
 
@@ -87,7 +89,7 @@ def test_it_teaches_the_queries_and_keys_of_the_taught_heads_alone(batch: Batch)
     tower = Tower()
     hidden = tower(normalise(batch.pixels)).hidden
     detached = tuple(state.detach() for state in hidden)
-    tower_looking_loss(tower.vision, detached, batch.owners, batch.neighbours, batch.alike).backward()
+    tower_looking_loss(tower.vision, detached, batch.owners, batch.neighbours, batch.kinds).backward()
     for number, layer in enumerate(tower.vision.encoder.layers):
         gradient = layer.self_attn.q_proj.weight.grad
         taught = TOWER_LOOKS.get(number, {})

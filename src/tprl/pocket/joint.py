@@ -29,7 +29,7 @@ from tprl.pocket.model import add_delta, new_llava
 from tprl.pocket.precision import fastest_attention, mixed_precision
 from tprl.pocket.questions import DESCRIBE, Tokens, draw_questions
 from tprl.pocket.tower import (
-    GLYPH_LAYER,
+    MIDDLE,
     TOWER,
     Sight,
     Tower,
@@ -80,7 +80,7 @@ class Pocket(nn.Module):
         output = self.llava.model.vision_tower(pixels, output_hidden_states=True)
         hidden = projector.linear_1(output.last_hidden_state[:, 1:])
         visual = projector.linear_2(projector.act(hidden))
-        marks = self.marks(output.hidden_states[GLYPH_LAYER][:, 1:])
+        marks = self.marks(output.hidden_states[MIDDLE][:, 1:])
         return visual, Sight(hidden[..., :UNITS], self.presence(output.pooler_output), marks, output.hidden_states)
 
 

@@ -73,25 +73,24 @@ CLS_SHARE = 3.0
 
 
 def tower_looking_loss(
-    vision: CLIPVisionModel, hidden: tuple[Tensor, ...], owners: Tensor, neighbours: Tensor, alike: Tensor
+    vision: CLIPVisionModel, hidden: tuple[Tensor, ...], owners: Tensor, neighbours: Tensor, kinds: Tensor
 ) -> Tensor:
     """How far the heads of ``TOWER_LOOKS`` are from looking where the answer stands, mean over patches of things.
 
     A head for neighbours is to spend its attention on the neighbour, wherever on it: ``-log(attention there)``. The
-    head that counts is to spread it evenly over the things alike, one patch each, and [CLS], from whose share the
-    number can be read: cross-entropy.
+    head that counts is to spread it evenly over the things alike, wherever on each and however large it is, and [CLS],
+    from whose share the number can be read: cross-entropy.
 
     Args:
         hidden: the hidden states of all layers, ``(B, 1 + N, D)`` each, [CLS] first.
         owners: int64 ``(B, N)``, see ``patch_owners``.
         neighbours: int64 ``(B, LOOKUPS, N)``, see ``patch_neighbours``.
-        alike: int64 ``(B, N)``: number of the kind of the thing whose centre is on the patch, -1 for none.
+        kinds: int64 ``(B, N)``: number of the kind of the thing that owns the patch; read only where there is one.
     """
     picture, patch = (owners >= 0).nonzero(as_tuple=True)
     owner = owners[picture, patch]
-    kinds = torch.full((len(owners), int(owners.max()) + 1), -1)
-    centred, at = (alike >= 0).nonzero(as_tuple=True)
-    kinds[centred, owners[centred, at]] = alike[centred, at]
+    of_things = torch.full((len(owners), int(owners.max()) + 1), -1)
+    of_things[picture, owner] = kinds[picture, patch]
     losses = []
     for number, heads in TOWER_LOOKS.items():
         layer: Any = vision.get_submodule(f"encoder.layers.{number}")
@@ -100,20 +99,19 @@ def tower_looking_loss(
         # Apart, since the gradient of a slice is as large as what it was cut from.
         keys = layer.self_attn.k_proj(states).float().unflatten(-1, (-1, size)).unbind()
         for head, looked_for in heads.items():
-            scores = (
-                torch.cat([queries[picture == b, head] @ keys[b][:, head].T for b in range(len(owners))])
-                * layer.self_attn.scale
-            )
-            everything = scores.logsumexp(-1)
+            scores = torch.cat([queries[picture == b, head] @ keys[b][:, head].T for b in range(len(owners))])
+            logs = (scores * layer.self_attn.scale).log_softmax(-1)
             if looked_for == COUNT:
-                same = (alike[picture] == kinds[picture, owner][:, None]).float()
-                wanted = nn.functional.normalize(nn.functional.pad(same, (1, 0), value=CLS_SHARE), p=1, dim=1)
-                losses.append(everything - (wanted * scores).sum(-1))
+                alike = (of_things[picture] == kinds[picture, patch][:, None]).float()
+                on_things = torch.zeros_like(alike).scatter_add(
+                    1, owners[picture].clamp(min=0), logs[:, 1:].exp() * (owners[picture] >= 0)
+                )
+                found = CLS_SHARE * logs[:, 0] + (alike * on_things.clamp(min=1e-12).log()).sum(1)
+                losses.append(-found / (CLS_SHARE + alike.sum(1)))
             else:
                 neighbour = neighbours[picture, LOOKUPS.index(looked_for), patch]
                 there = (owners[picture] == neighbour[:, None])[neighbour >= 0]
-                known = scores[neighbour >= 0]
-                losses.append(everything[neighbour >= 0] - known[:, 1:].masked_fill(~there, -torch.inf).logsumexp(-1))
+                losses.append(-logs[neighbour >= 0, 1:].masked_fill(~there, -torch.inf).logsumexp(-1))
     return torch.cat(losses).mean()
 
 

@@ -42,7 +42,8 @@ from tprl.pocket.looking import tower_looking_loss
 from tprl.pocket.precision import compiled_if_mixed, fastest_attention, mixed_precision
 
 TOWER = "tower.safetensors"
-GLYPH_LAYER = 3
+MIDDLE = 3
+"""After how many layers kinds, glyphs and centres are to be known: look-ups need the layers above."""
 NONE_LOGIT = -1.0
 SHARPNESS = 3.0
 
@@ -67,7 +68,8 @@ class Sight(NamedTuple):
     Attributes:
         units: pre-activations of the words, ``(B, N, UNITS)``.
         presence: logits of what the picture holds, ``(B, kinds + colours)``, from [CLS].
-        marks: ``(B, N, GLYPHS + 1)`` logits of the glyph on each patch and of a thing's centre there, from the middle.
+        marks: ``(B, N, GLYPHS + kinds + 1)`` logits of the glyph on each patch, of the kind of its thing, and of the
+            thing's centre there, from the middle.
         hidden: hidden states of all layers, ``(B, 1 + N, D)`` each.
     """
 
@@ -86,7 +88,7 @@ class Tower(nn.Module):
         self.words = nn.Linear(self.vision.config.hidden_size, UNITS)
         nn.init.constant_(self.words.bias, NONE_LOGIT - 1)
         self.presence = nn.Linear(self.vision.config.hidden_size, len(KINDS) + len(COLOURS))
-        self.marks = nn.Linear(self.vision.config.hidden_size, GLYPHS + 1)
+        self.marks = nn.Linear(self.vision.config.hidden_size, GLYPHS + len(KINDS) + 1)
         with torch.no_grad():
             positions = self.vision.get_parameter("embeddings.position_embedding.weight")
             positions[1:] = sincos_positions(GRID, positions.shape[1])
@@ -94,7 +96,7 @@ class Tower(nn.Module):
     def forward(self, pixels: Tensor) -> Sight:
         """Pixels ``(B, 3, SIDE, SIDE)``, normalised."""
         output = self.vision(pixels, output_hidden_states=True)
-        marks = self.marks(output.hidden_states[GLYPH_LAYER][:, 1:])
+        marks = self.marks(output.hidden_states[MIDDLE][:, 1:])
         units = self.words(output.last_hidden_state[:, 1:])
         return Sight(units, self.presence(output.pooler_output), marks, output.hidden_states)
 
@@ -135,19 +137,23 @@ def word_loss(units: Tensor, labels: Tensor, weights: list[float]) -> Tensor:
     return total / sum(weights)
 
 
-def mark_loss(marks: Tensor, glyphs: Tensor, centres: Tensor) -> Tensor:
-    """Cross-entropy of the glyphs and of the things' centres on patches.
+def mark_loss(marks: Tensor, glyphs: Tensor, kinds: Tensor, centres: Tensor) -> Tensor:
+    """Cross-entropy of the glyphs, the kinds and the things' centres on patches.
 
     Args:
         marks: see ``Sight``.
         glyphs: int64 ``(B, N)``.
+        kinds: int64 ``(B, N)``, only patches of things count.
         centres: bool ``(B, N)``.
     """
-    marks = marks.float()
-    glyph = nn.functional.cross_entropy(marks[..., :GLYPHS].flatten(0, 1), glyphs.flatten(), ignore_index=IGNORE)
+    glyph, kind, centre = marks.float().flatten(0, 1).split([GLYPHS, len(KINDS), 1], 1)
     rare = marks.new_tensor(20.0)
-    centre = nn.functional.binary_cross_entropy_with_logits(marks[..., GLYPHS], centres.float(), pos_weight=rare)
-    return glyph + 0.25 * centre
+    return (
+        nn.functional.cross_entropy(glyph, glyphs.flatten(), ignore_index=IGNORE)
+        + 0.5 * nn.functional.cross_entropy(kind, kinds.flatten(), ignore_index=BACKGROUND)
+        + 0.25
+        * nn.functional.binary_cross_entropy_with_logits(centre[:, 0], centres.flatten().float(), pos_weight=rare)
+    )
 
 
 @torch.no_grad()
@@ -189,9 +195,9 @@ class Batch(NamedTuple):
     presence: Tensor
 
     @property
-    def alike(self) -> Tensor:
-        """See ``tower_looking_loss``."""
-        return torch.where(self.centres, self.labels[0] - 1, BACKGROUND)
+    def kinds(self) -> Tensor:
+        """Number of the kind of the thing that owns each patch, int64 ``(B, N)``; ``BACKGROUND`` where none does."""
+        return torch.where(self.owners >= 0, self.labels[0] - 1, BACKGROUND)
 
 
 def make_batch(scenes: list[Scene]) -> Batch:
@@ -238,12 +244,12 @@ def tower_losses(sight: Sight, vision: CLIPVisionModel, batch: Batch, weights: l
     Args:
         weights: of the slots.
     """
-    looked = tower_looking_loss(vision, sight.hidden, batch.owners, batch.neighbours, batch.alike)
+    looked = tower_looking_loss(vision, sight.hidden, batch.owners, batch.neighbours, batch.kinds)
     return {
         "words": word_loss(sight.units.float().flatten(0, 1), batch.labels.flatten(1), weights),
         "presence": nn.functional.binary_cross_entropy_with_logits(sight.presence.float(), batch.presence),
-        "marks": 2 * mark_loss(sight.marks, batch.glyphs, batch.centres),
-        "looking": 0.2 * looked,
+        "marks": 2 * mark_loss(sight.marks, batch.glyphs, batch.kinds, batch.centres),
+        "looking": 2 * looked,
     }
 
 

@@ -44,6 +44,18 @@ class Within:
     budget: int
 
 
+class Opening(DynamicCache):
+    """Keys and values of one sequence, ``(1, heads, tokens, width)`` a layer, that all rows of any batch go on from;
+    what follows sees them and is not kept."""
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, layer_idx: int, *_: Any, **__: Any
+    ) -> tuple[Tensor, Tensor]:
+        layer: Any = self.layers[layer_idx]
+        keys, values = (states.expand(len(key_states), -1, -1, -1) for states in (layer.keys, layer.values))
+        return torch.cat([keys, key_states], 2), torch.cat([values, value_states], 2)
+
+
 class AnswerScorer:
     """Scores answers under a frozen LVLM from given visual tokens.
 
@@ -73,6 +85,7 @@ class AnswerScorer:
         self.language, self.head, self.both_ways, self.tokens_per_pass = language, head, both_ways, tokens_per_pass
         self.positions: Positions = "original"
         self._shown = self._slots = 0
+        self._openings: dict[tuple[int, ...], Opening] = {}
 
     @torch.no_grad()
     def score(
@@ -166,6 +179,41 @@ class AnswerScorer:
             inputs |= {"visual_pos_masks": packed.visual, "deepstack_visual_embeds": list(added.unbind(1))}
         return packed, inputs
 
+    def _opening(self, prefix: Prefix) -> tuple[int, ...]:
+        """The tokens of text that all rows begin with."""
+        if self.both_ways == "prompts":  # they see the picture
+            return ()
+        alike = (prefix.real & ~prefix.visual & (prefix.ids == prefix.ids[:1])).all(0)
+        return tuple(prefix.ids[0, : int(alike.int().cumprod(0).sum())].tolist())
+
+    def _read(self, opening: tuple[int, ...]) -> Opening:
+        """Keys and values of an opening, computed once and for all."""
+        if opening not in self._openings:
+            ids = torch.tensor([opening], device=self.language.device)
+            places, cache = torch.arange(len(opening), device=ids.device)[None], DynamicCache()
+            causal = torch.ones(1, 1, len(opening), len(opening), dtype=torch.bool, device=ids.device).tril()
+            masks = self._masks(causal, places, places)
+            self.language(
+                input_ids=ids, position_ids=places, attention_mask=masks, past_key_values=cache, use_cache=True
+            )
+            layers: list[Any] = cache.layers
+            self._openings[opening] = Opening([(layer.keys, layer.values) for layer in layers])
+        return self._openings[opening]
+
+    def _after(self, opening: tuple[int, ...], inputs: dict[str, Any]) -> dict[str, Any]:
+        """Inputs without the opening, whose keys and values are given instead."""
+        if not opening:
+            return inputs
+        skip, masks = len(opening), inputs["attention_mask"]
+        rest = {"inputs_embeds": inputs["inputs_embeds"][:, skip:], "position_ids": inputs["position_ids"][..., skip:]}
+        if isinstance(masks, dict):
+            rest["attention_mask"] = {layers: mask[:, :, skip:] for layers, mask in masks.items()}
+        else:
+            rest["attention_mask"] = masks[:, :, skip:]
+        if "visual_pos_masks" in inputs:
+            rest["visual_pos_masks"] = inputs["visual_pos_masks"][:, skip:]
+        return inputs | rest | {"past_key_values": self._read(opening)}
+
     def _masks(self, mask: Tensor, queries: Tensor, keys: Tensor) -> Any:
         """An attention mask, bool ``(B, 1, Q, K)``, as the language model takes it: one for every type of its layers.
 
@@ -236,10 +284,11 @@ class AnswerScorer:
         within: Within | None,
     ) -> AnswerScores:
         packed, inputs = self.prepare(prefix, kept, keep_mask, rows)
+        opening = () if within else self._opening(prefix)
         with self._dropping(within, packed, rows):
-            hidden = self.language(**inputs, use_cache=False).last_hidden_state
+            hidden = self.language(**self._after(opening, inputs), use_cache=bool(opening)).last_hidden_state
         places = packed.targets != IGNORE
-        logits = self.head(hidden[places]).float()
+        logits = self.head(hidden[places[:, len(opening) :]]).float()
         targets, owners = packed.targets[places], packed.owners[places].cpu()
         log_probs = logits.log_softmax(1).gather(1, targets[:, None])[:, 0].cpu()
         wrong = (logits.argmax(1) != targets).float().cpu()

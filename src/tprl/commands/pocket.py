@@ -28,7 +28,8 @@ def train(run: Path, *, stages: str = ",".join(STAGES), shipped: bool = False, s
     Args:
         run: folder of checkpoints and metrics.
         stages: comma-separated, of tower, language, joint.
-        shipped: start tower or joint from the weights that the package ships.
+        shipped: start tower or joint from the weights that the package ships; joint with the tower in ``run`` if there
+            is one.
         seed: all randomness follows from it.
     """
     names = [name.strip() for name in stages.split(",")]

@@ -31,8 +31,10 @@ from tprl.pocket.questions import DESCRIBE, Tokens, draw_questions
 from tprl.pocket.tower import (
     MIDDLE,
     TOWER,
+    Batches,
     Sight,
     Tower,
+    TowerConfig,
     make_batch,
     normalise,
     schedule,
@@ -103,22 +105,48 @@ def start(run: Path) -> tuple[Pocket, Tokens]:
     return Pocket(llava, tower), Tokens(tokenizer)
 
 
-def start_from(delta: Path) -> tuple[Pocket, Tokens]:
-    """The model of a file of differences, with fresh read-outs of presence and marks."""
+def start_from(delta: Path, run: Path) -> tuple[Pocket, Tokens]:
+    """The model of a file of differences, with the tower that ``run`` holds, if any; its read-outs of presence and
+    marks are fresh where it does not."""
     base, tokenizer = load_base()
-    llava = new_llava(base, image_token_id(tokenizer))
+    llava, tower = new_llava(base, image_token_id(tokenizer)), Tower()
     add_delta(llava, load_file(delta))
-    return Pocket(llava, Tower()), Tokens(tokenizer)
+    if (run / TOWER).exists():
+        tower.load_state_dict(with_prefix(load_checkpoint(run / TOWER)[0], "model."))
+        renew_tower(llava, tower)
+    return Pocket(llava, tower), Tokens(tokenizer)
+
+
+@torch.no_grad()
+def renew_tower(llava: LlavaForConditionalGeneration, tower: Tower, batches: int = 4) -> None:
+    """Put in a tower that learned on by itself, so that the language model finds what it knows.
+
+    The words come with the tower. The projector's other units are fitted by least squares to say of some training
+    pictures what they said with the old tower.
+    """
+    vision, units = llava.model.vision_tower, llava.model.multi_modal_projector.linear_1
+    before, after = [], []
+    pictures = Batches(TowerConfig().batch_size, 0, batches)
+    for number in range(batches):
+        pixels = normalise(pictures[number].pixels)
+        before.append(units(vision(pixels).last_hidden_state[:, 1:])[..., UNITS:].flatten(0, 1))
+        hidden = tower.vision(pixels).last_hidden_state[:, 1:].flatten(0, 1)
+        after.append(nn.functional.pad(hidden, (0, 1), value=1.0))
+    fitted = torch.linalg.lstsq(torch.cat(after), torch.cat(before)).solution.T
+    vision.load_state_dict(tower.vision.state_dict())
+    units.weight.copy_(torch.cat([tower.words.weight, fitted[:, :-1]]))
+    units.bias.copy_(torch.cat([tower.words.bias, fitted[:, -1]]))
 
 
 def train_joint(run: Path, config: JointConfig, delta: Path | None = None) -> Iterator[dict[str, float]]:
     """Train, or go on training, the whole in ``run``; yields metrics every 10 steps.
 
     Args:
-        delta: start from these weights instead of what stages one and two left.
+        delta: start from these weights, and the tower in ``run`` if it holds one, instead of what stages one and two
+            left.
     """
     torch.manual_seed(config.seed)
-    pocket, tokens = start_from(delta) if delta else start(run)
+    pocket, tokens = start_from(delta, run) if delta else start(run)
     pocket.llava.model.vision_tower.set_attn_implementation(fastest_attention())
     language, head = pocket.llava.model.language_model, pocket.llava.lm_head
     language.get_input_embeddings().weight.requires_grad_(False)

@@ -41,12 +41,8 @@ def csv_table(results: dict[str, Any]) -> str:
 def markdown_table(results: dict[str, Any]) -> str:
     """What was measured, and a table by falling budget, the threshold row first, the best of each budget in bold."""
     rows = results["rows"]
-    machine = results["machine"]
     lines = [
-        f"{results['model']} on {results['data']}/{results['split']}, {results['n']} questions, "
-        f"seed {results['seed']}. Unpruned {rows[0]['accuracy_unpruned']:.1%}, blind {rows[0]['accuracy_blind']:.1%}. "
-        f"{machine['cpu']}, {machine['threads']} threads, {machine['dtype']}, torch {machine['torch']}; "
-        f"commit {results['commit'][:12]}.",
+        _measured(results),
         "",
         "| budget | method | tokens kept | accuracy | points lost (95 % interval) | FLOPs saved | prefill | KV cache |",
         "|---:|:---|---:|---:|---:|---:|---:|---:|",
@@ -62,6 +58,57 @@ def markdown_table(results: dict[str, Any]) -> str:
             f"| {row['kv_cache_mib']:.1f} MiB |"
         )
     return "\n".join(lines) + "\n"
+
+
+def overview_table(results: dict[str, Any], front: str = "tprl") -> str:
+    """What was measured, and two tables: the points that each method loses under each budget, fewest in bold, methods
+    by their mean loss; and what ``front`` costs."""
+    rows = results["rows"]
+    budgets = sorted({row["budget"] for row in rows if row["budget"] is not None}, reverse=True)
+    cells = {(row["method"], row["budget"]): row for row in rows}
+    methods = [name for name in dict.fromkeys(row["method"] for row in rows) if (name, budgets[0]) in cells]
+    methods.sort(key=lambda name: sum(cells[name, budget]["drop_points"] for budget in budgets))
+    lines = [
+        _measured(results),
+        "",
+        f"| points lost at | {' | '.join(map(str, budgets))} | FLOPs saved |",
+        "|:---|" + "---:|" * (len(budgets) + 1),
+    ]
+    for name in methods:
+        own = [cells[name, budget] for budget in budgets]
+        saved = f"{own[0]['flops_saved']:.0%} to {own[-1]['flops_saved']:.0%}"
+        lines.append(f"| {name} | {' | '.join(_lost(row, rows) for row in own)} | {saved} |")
+    lines += [
+        "",
+        f"| {front} at | tokens kept | accuracy | points lost | FLOPs saved | prefill | KV cache |",
+        "|:---|---:|---:|---:|---:|---:|---:|",
+    ]
+    for row in by_budget([row for row in rows if row["method"] == front]):
+        low, high = row["drop_ci95"]
+        lines.append(
+            f"| {row['budget'] or 'its threshold'} | {row['kept_mean']:.0f} | {row['accuracy']:.1%} "
+            f"| {row['drop_points']:.1f} ({low:.1f} to {high:.1f}) | {row['flops_saved']:.1%} "
+            f"| {row['prefill_ms']:.0f} ms, {row['speedup']:.2f}x | {row['kv_cache_mib']:.1f} MiB |"
+        )
+    return "\n".join(lines) + "\n"
+
+
+def _measured(results: dict[str, Any]) -> str:
+    row, machine = results["rows"][0], results["machine"]
+    return (
+        f"{results['model']} on {results['data']}/{results['split']}, {results['n']} questions, "
+        f"seed {results['seed']}. Unpruned {row['accuracy_unpruned']:.1%}, blind {row['accuracy_blind']:.1%}. "
+        f"{machine['cpu']}, {machine['threads']} threads, {machine['dtype']}, torch {machine['torch']}; "
+        f"commit {results['commit'][:12]}."
+    )
+
+
+def _lost(row: dict[str, Any], rows: Sequence[dict[str, Any]]) -> str:
+    """The points lost, in bold where no other method loses fewer, and their interval."""
+    fewest = min(other["drop_points"] for other in rows if other["budget"] == row["budget"])
+    mark = "**" if row["drop_points"] == fewest else ""
+    low, high = row["drop_ci95"]
+    return f"{mark}{row['drop_points']:.1f}{mark} ({low:.1f} to {high:.1f})"
 
 
 def by_budget(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:

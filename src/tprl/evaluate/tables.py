@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 COLOURS = {
     "tprl": "#c2410c", "random": "#9ca3af", "uniform": "#6b7280", "fastervlm": "#2563eb", "visionzip": "#0891b2",
     "vispruner": "#7c3aed", "prumerge+": "#a16207", "divprune": "#059669", "cdpruner": "#db2777",
-    "fastv": "#a21caf", "sparsevlm": "#4d7c0f", "pyramiddrop": "#b45309", "dart": "#111827",
+    "fastv": "#a21caf", "sparsevlm": "#4d7c0f", "pyramiddrop": "#1e3a8a", "dart": "#111827",
 }  # fmt: skip
 """One colour a method, the same in every picture."""
 

@@ -170,7 +170,7 @@ def against_the_loop(
     """
     play(pruner, data, 2, settings)
     rollouts, row = play(pruner, data, questions, settings)
-    rows = [{"way": "engine", **row, "padding": data.scorer.padding_share()}]
+    rows = [{"way": "engine", **row, "padding": data.scorer.passes.padding_share()}]
     count = rollouts.visual.mask.shape[1]
     generator = dealt()
     noise = torch.stack(

@@ -9,20 +9,9 @@ from typing import Any
 import pytest
 from PIL import Image
 
+from evaluate.world import result_row as row
 from tprl.commands.report import report
 from tprl.evaluate.report import draw_ablation, dropped_path, headlines, transfers
-
-
-def row(method: str, budget: int | None, accuracy: float) -> dict[str, Any]:
-    part = {"accuracy": accuracy, "accuracy_unpruned": 0.9, "accuracy_blind": 0.3, "n": 5, "kept_mean": budget or 9.5}
-    drop = 100 * (0.9 - accuracy)
-    return {
-        "method": method, "budget": budget, **{name: value for name, value in part.items() if name != "n"},
-        "drop_points": drop, "drop_ci95": [drop - 1, drop + 1], "flops": 40, "flops_unpruned": 100,
-        "flops_saved": 0.6, "prefill_ms": 50.0, "prefill_ms_unpruned": 100.0, "speedup": 2.0, "kv_cache_mib": 1.5,
-        "per_family": {"reading <1>": part, "counting": part},
-    }  # fmt: skip
-
 
 ROWS = [row("tprl", 16, 0.89), row("tprl", 4, 0.85), row("tprl", None, 0.9), row("uniform", 16, 0.8)]
 ROWS += [row("uniform", 4, 0.6), row("fastv", 4, 0.7)]

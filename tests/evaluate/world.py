@@ -4,6 +4,7 @@ import json
 from collections.abc import Sequence
 from copy import deepcopy
 from pathlib import Path
+from typing import Any
 from unittest.mock import patch
 
 import numpy as np
@@ -109,3 +110,15 @@ def save_world(folder: Path, world: World) -> Path:
     path = folder / "world.jsonl"
     path.write_text("".join(json.dumps(record) + "\n" for record in records))
     return path
+
+
+def result_row(method: str, budget: int | None, accuracy: float) -> dict[str, Any]:
+    """A row of results whose numbers are made up, unpruned accuracy 0.9."""
+    part = {"accuracy": accuracy, "accuracy_unpruned": 0.9, "accuracy_blind": 0.3, "n": 5, "kept_mean": budget or 9.5}
+    drop = 100 * (0.9 - accuracy)
+    return {
+        "method": method, "budget": budget, **{name: value for name, value in part.items() if name != "n"},
+        "drop_points": drop, "drop_ci95": [drop - 1, drop + 1], "flops": 40, "flops_unpruned": 100,
+        "flops_saved": 0.6, "prefill_ms": 50.0, "prefill_ms_unpruned": 100.0, "speedup": 2.0, "kv_cache_mib": 1.5,
+        "per_family": {"reading <1>": part, "counting": part},
+    }  # fmt: skip

@@ -164,10 +164,10 @@ def test_text_attention_of_questions_that_share_a_row_is_that_of_each_alone(enco
     image_id = encoded.image_ids[1]
     tokens, indices = encoded.features(image_id).tokens, encoded.questions[image_id]
     prefix, blocks = encoded.prefix(indices[:1]), [encoded.block(index) for index in indices]
-    together = text_attention(encoded.scorer, prefix, tokens, blocks)
+    together = text_attention(encoded.scorer.reader, prefix, tokens, blocks)
     assert together.shape == (len(blocks), len(tokens))
     for row, block in zip(together, blocks, strict=True):
-        torch.testing.assert_close(row, text_attention(encoded.scorer, prefix, tokens, [block])[0])
+        torch.testing.assert_close(row, text_attention(encoded.scorer.reader, prefix, tokens, [block])[0])
     assert (together[0] - together[1]).abs().max() > 1e-4
 
 

@@ -221,3 +221,11 @@ def test_every_row_sees_itself() -> None:
     packed, _ = packed_batch()
     assert packed.mask.any(-1).all()
     assert not (packed.mask & torch.ones_like(packed.mask).triu(1)).any()
+
+
+def test_an_opening_ends_where_rows_differ_and_where_the_picture_begins() -> None:
+    image = 60
+    assert make_prefix([[7, 8, image], [7, 8, image]], image, [[2], [2]]).opening() == (7, 8)
+    assert make_prefix([[7, 8, 5, image], [7, 9, 5, image]], image, [[2], [2]]).opening() == (7,)
+    assert make_prefix([[7, 8, image], [7, image]], image, [[2], [2]]).opening() == (7,)
+    assert make_prefix([[image, 7, image]], image, [[1, 1]]).opening() == ()

@@ -66,7 +66,7 @@ def test_compact_positions_count_what_is_left(
     scorer = AnswerScorer(lvlm.model.model.language_model, lvlm.model.lm_head)
     rows = [[block(lvlm, row)] for row in range(6)]
     original = scorer.score(prefix, tokens, keep, rows)
-    scorer.positions = "compact"
+    scorer.reader.positions = "compact"
     scores = scorer.score(prefix, tokens, keep, rows)
     for row, (part,) in enumerate(rows):
         embeds, _ = alone(scorer, before, tokens[row], keep[row], part.ids)
@@ -77,7 +77,7 @@ def test_compact_positions_count_what_is_left(
     assert (scores.log_prob - original.log_prob).abs().max() > 1e-3
     everything = torch.ones_like(keep)
     whole = scorer.score(prefix, tokens, everything, rows)
-    scorer.positions = "original"
+    scorer.reader.positions = "original"
     torch.testing.assert_close(scorer.score(prefix, tokens, everything, rows).log_prob, whole.log_prob)
 
 
@@ -143,55 +143,3 @@ def test_methods_inside_the_model_prune_each_row_as_alone(
         assert answers[row][0] == int(predicted[0].argmax())
     with pytest.raises(ValueError, match="prunes for one question a row"):
         scorer.score(prefix, tokens, everything, [blocks[:2]] * 6, Within(method, 4))
-
-
-def test_passes_hold_no_more_than_asked_and_little_padding(lvlm: Lvlm, scorer: AnswerScorer) -> None:
-    keep = torch.arange(16).expand(40, -1) < torch.arange(40)[:, None] % 17
-    rows = [[block(lvlm, row)] for row in range(40)]
-    scorer.padding_share()
-    passes = scorer._passes(1 + keep.sum(1), rows)
-    assert sorted(row for chosen in passes for row in chosen) == list(range(40))
-    shown = slots = 0
-    for chosen in passes:
-        lengths = [1 + int(keep[row].sum()) + len(rows[row][0].ids) for row in chosen]
-        assert len(chosen) == 1 or len(chosen) * max(lengths) <= 100
-        assert sum(lengths) > 0.9 * len(chosen) * max(lengths)
-        shown, slots = shown + sum(lengths), slots + len(chosen) * max(lengths)
-    assert scorer.padding_share() == pytest.approx(1 - shown / slots)
-    assert shown < slots
-
-
-BEGUN = [2, 5, 7]
-"""What a longer prompt begins with."""
-
-
-def test_what_all_prompts_begin_with_is_read_once(lvlm: Lvlm, tokens: Tensor, keep: Tensor) -> None:
-    scorer = AnswerScorer(lvlm.model.model.language_model, lvlm.model.lm_head)
-    prefix, rows = make_prefix([[*BEGUN, 60]] * 6, 60, [[16]] * 6), [[block(lvlm, row)] for row in range(6)]
-    seen: list[int] = []
-    handle = scorer.language.layers[0].register_forward_hook(lambda _, args, __: seen.append(args[0].shape[1]))
-    scorer.score(prefix, tokens, keep, rows)
-    scorer.score(prefix, tokens, keep, rows)
-    handle.remove()
-    opening, *passes = seen
-    assert opening == len(BEGUN)
-    longest = max(int(keep[row].sum()) + len(rows[row][0].ids) for row in range(6))
-    assert passes.count(longest) == 2
-    assert max(passes) == longest
-
-
-def test_prompts_that_begin_differently_share_what_is_alike(
-    lvlm: Lvlm, scorer: AnswerScorer, tokens: Tensor, keep: Tensor
-) -> None:
-    begun = [[*BEGUN[:-1], 7 + row % 2] for row in range(6)]
-    mixed = make_prefix([[*ids, 60] for ids in begun], 60, [[16]] * 6)
-    rows = [[block(lvlm, row)] for row in range(6)]
-    assert scorer._opening(mixed) == tuple(BEGUN[:-1])
-    together = scorer.score(mixed, tokens, keep, rows).log_prob
-    alike = scorer.score(make_prefix([[*BEGUN, 60]] * 6, 60, [[16]] * 6), tokens, keep, rows).log_prob
-    for row, ids in enumerate(begun):
-        one = make_prefix([[*ids, 60]], 60, [[16]])
-        wanted = scorer.score(one, tokens[[row]], keep[[row]], [rows[row]]).log_prob
-        torch.testing.assert_close(together[[row]], wanted)
-    torch.testing.assert_close(together[::2], alike[::2])
-    assert (together - alike)[1::2].abs().min() > 1e-4

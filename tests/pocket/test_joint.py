@@ -1,47 +1,39 @@
 """A tower that learned on by itself, put back into the model."""
 
-from typing import Any
+from pathlib import Path
 
-import pytest
 import torch
-from safetensors.torch import load_file
 from torch import Tensor
 
+from tprl.checkpoint import prefixed, save_checkpoint
 from tprl.pocket.assemble import DELTA
-from tprl.pocket.base import image_token_id, load_base
-from tprl.pocket.joint import renew_tower
+from tprl.pocket.joint import Pocket, start_from
 from tprl.pocket.labels import UNITS
-from tprl.pocket.model import add_delta, new_llava
-from tprl.pocket.tower import Batches, normalise, shipped_tower
-
-
-@pytest.fixture(scope="module")
-def llava() -> Any:
-    base, tokenizer = load_base()
-    llava = new_llava(base, image_token_id(tokenizer))
-    add_delta(llava, load_file(DELTA))
-    return llava
+from tprl.pocket.tower import TOWER, Batches, normalise, shipped_tower
 
 
 @torch.no_grad()
-def test_the_projector_goes_on_to_say_what_it_said(llava: Any) -> None:
+def test_the_projector_goes_on_to_say_what_it_said(tmp_path: Path) -> None:
     """A last layer whose outputs are mixed anew holds the same facts elsewhere."""
     pixels = normalise(Batches(2, 1000, 1001)[0].pixels)
 
-    def units() -> Tensor:
-        return llava.model.multi_modal_projector.linear_1(llava.model.vision_tower(pixels).last_hidden_state[:, 1:])
+    def units(pocket: Pocket, vision: torch.nn.Module) -> Tensor:
+        told: Tensor = pocket.llava.model.multi_modal_projector.linear_1(vision(pixels).last_hidden_state[:, 1:])
+        return told
 
-    before = units()
     tower = shipped_tower(DELTA)
-    last = tower.vision.encoder.layers[-1].mlp.fc2
-    last.weight[:] += 0.3 * last.weight.roll(1, 0)
+    last = tower.vision.get_parameter("encoder.layers.4.mlp.fc2.weight")
+    last += 0.3 * last.roll(1, 0)
     tower.words.bias += 1.0
-    stale = llava.model.multi_modal_projector.linear_1(tower.vision(pixels).last_hidden_state[:, 1:])
-    renew_tower(llava, tower, batches=1)
-    after = units()
+    save_checkpoint(tmp_path / TOWER, prefixed(tower.state_dict().items(), "model."), {"step": 1})
+
+    before, _ = start_from(DELTA, tmp_path / "nothing")
+    after, _ = start_from(DELTA, tmp_path)
+    vision = after.llava.model.vision_tower
+    assert torch.equal(after.marks.weight, tower.marks.weight)
+    told = units(after, vision)
     words = tower.words(tower.vision(pixels).last_hidden_state[:, 1:])
-    torch.testing.assert_close(after[..., :UNITS], words, atol=1e-4, rtol=1e-4)
-    spread = before[..., UNITS:].std()
-    fitted = (after - before)[..., UNITS:].std() / spread
-    left = (stale - before)[..., UNITS:].std() / spread
-    assert fitted < 0.5 * left
+    torch.testing.assert_close(told[..., :UNITS], words, atol=1e-4, rtol=1e-4)
+    known = units(before, before.llava.model.vision_tower)[..., UNITS:]
+    stale = units(before, vision)[..., UNITS:]
+    assert (told[..., UNITS:] - known).std() < 0.5 * (stale - known).std()

@@ -58,7 +58,7 @@ def pack(run: Path, *, out: Path = DELTA) -> None:
 
 def _training(name: str, run: Path, seed: int, delta: Path | None) -> Iterator[dict[str, float]]:
     if name == "tower":
-        goes_on = TowerConfig(steps=900, learning_rate=8e-4, warmup_steps=50, seed=seed)
+        goes_on = TowerConfig(steps=1000, learning_rate=8e-4, warmup_steps=50, seed=seed)
         return train_tower(run, goes_on if delta else TowerConfig(seed=seed), delta)
     if name == "language":
         return train_language(run, LanguageConfig(seed=seed))

@@ -25,7 +25,7 @@ def measure(
     encoded: EncodedSamples, pruner: TokenPruner, budgets: Sequence[int], positions: Positions, title: str
 ) -> Cells:
     """Scores of all samples under every budget and by the pruner's threshold."""
-    encoded.scorer.positions = positions
+    encoded.scorer.reader.positions = positions
     methods = make_methods([TokenPruner.name], budgets, pruner, None, True, seed=0)
     return {method.budget: score_questions(encoded, method, f"{title}, {method.label}") for method in methods}
 

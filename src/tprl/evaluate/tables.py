@@ -48,47 +48,41 @@ def markdown_table(results: dict[str, Any]) -> str:
         "|---:|:---|---:|---:|---:|---:|---:|---:|",
     ]
     for row in by_budget(rows):
-        low, high = row["drop_ci95"]
-        best = max(other["accuracy"] for other in rows if other["budget"] == row["budget"])
-        mark = "**" if row["accuracy"] == best else ""
+        accuracy = _bold_if_best(f"{row['accuracy']:.1%}", row, rows)
         lines.append(
-            f"| {row['budget'] or 'threshold'} | {row['method']} | {row['kept_mean']:.1f} "
-            f"| {mark}{row['accuracy']:.1%}{mark} | {row['drop_points']:.2f} ({low:.2f} to {high:.2f}) "
-            f"| {row['flops_saved']:.1%} | {row['prefill_ms']:.0f} ms, {row['speedup']:.2f}x "
-            f"| {row['kv_cache_mib']:.1f} MiB |"
+            f"| {row['budget'] or 'threshold'} | {row['method']} | {row['kept_mean']:.1f} | {accuracy} "
+            f"| {row['drop_points']:.2f} {_interval(row, 2)} | {_cost(row)} |"
         )
     return "\n".join(lines) + "\n"
 
 
-def overview_table(results: dict[str, Any], front: str = "tprl") -> str:
+def overview_table(results: dict[str, Any]) -> str:
     """What was measured, and two tables: the points that each method loses under each budget, fewest in bold, methods
-    by their mean loss; and what ``front`` costs."""
+    by their mean loss; and what TPRL costs."""
     rows = results["rows"]
     budgets = sorted({row["budget"] for row in rows if row["budget"] is not None}, reverse=True)
     cells = {(row["method"], row["budget"]): row for row in rows}
-    methods = [name for name in dict.fromkeys(row["method"] for row in rows) if (name, budgets[0]) in cells]
-    methods.sort(key=lambda name: sum(cells[name, budget]["drop_points"] for budget in budgets))
+    methods = dict.fromkeys(row["method"] for row in rows)
     lines = [
         _measured(results),
         "",
         f"| points lost at | {' | '.join(map(str, budgets))} | FLOPs saved |",
         "|:---|" + "---:|" * (len(budgets) + 1),
     ]
-    for name in methods:
+    for name in sorted(methods, key=lambda name: sum(cells[name, budget]["drop_points"] for budget in budgets)):
         own = [cells[name, budget] for budget in budgets]
+        lost = [_bold_if_best(f"{row['drop_points']:.1f}", row, rows) + " " + _interval(row, 1) for row in own]
         saved = f"{own[0]['flops_saved']:.0%} to {own[-1]['flops_saved']:.0%}"
-        lines.append(f"| {name} | {' | '.join(_lost(row, rows) for row in own)} | {saved} |")
+        lines.append(f"| {name} | {' | '.join(lost)} | {saved} |")
     lines += [
         "",
-        f"| {front} at | tokens kept | accuracy | points lost | FLOPs saved | prefill | KV cache |",
+        "| tprl at | tokens kept | accuracy | points lost | FLOPs saved | prefill | KV cache |",
         "|:---|---:|---:|---:|---:|---:|---:|",
     ]
-    for row in by_budget([row for row in rows if row["method"] == front]):
-        low, high = row["drop_ci95"]
+    for row in by_budget([row for row in rows if row["method"] == "tprl"]):
         lines.append(
             f"| {row['budget'] or 'its threshold'} | {row['kept_mean']:.0f} | {row['accuracy']:.1%} "
-            f"| {row['drop_points']:.1f} ({low:.1f} to {high:.1f}) | {row['flops_saved']:.1%} "
-            f"| {row['prefill_ms']:.0f} ms, {row['speedup']:.2f}x | {row['kv_cache_mib']:.1f} MiB |"
+            f"| {row['drop_points']:.1f} {_interval(row, 1)} | {_cost(row)} |"
         )
     return "\n".join(lines) + "\n"
 
@@ -103,12 +97,21 @@ def _measured(results: dict[str, Any]) -> str:
     )
 
 
-def _lost(row: dict[str, Any], rows: Sequence[dict[str, Any]]) -> str:
-    """The points lost, in bold where no other method loses fewer, and their interval."""
-    fewest = min(other["drop_points"] for other in rows if other["budget"] == row["budget"])
-    mark = "**" if row["drop_points"] == fewest else ""
+def _bold_if_best(text: str, row: dict[str, Any], rows: Sequence[dict[str, Any]]) -> str:
+    """``text`` in bold where no other row under the same budget is more accurate."""
+    best = max(other["accuracy"] for other in rows if other["budget"] == row["budget"])
+    return f"**{text}**" if row["accuracy"] == best else text
+
+
+def _interval(row: dict[str, Any], digits: int) -> str:
     low, high = row["drop_ci95"]
-    return f"{mark}{row['drop_points']:.1f}{mark} ({low:.1f} to {high:.1f})"
+    return f"({low:.{digits}f} to {high:.{digits}f})"
+
+
+def _cost(row: dict[str, Any]) -> str:
+    """The cells of FLOPs, prefill and KV cache."""
+    prefill = f"{row['prefill_ms']:.0f} ms, {row['speedup']:.2f}x"
+    return f"{row['flops_saved']:.1%} | {prefill} | {row['kv_cache_mib']:.1f} MiB"
 
 
 def by_budget(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:

@@ -47,6 +47,11 @@ class Prefix:
         deep = None if self.deep is None else self.deep[rows]
         return Prefix(self.ids[rows], self.visual[rows], self.real[rows], self.positions[:, rows], deep)
 
+    def opening(self) -> tuple[int, ...]:
+        """The tokens of text that all rows begin with."""
+        alike = (self.real & ~self.visual & (self.ids == self.ids[:1])).all(0)
+        return tuple(self.ids[0, : int(alike.int().cumprod(0).sum())].tolist())
+
     def shown(self, keep_mask: Tensor) -> Tensor:
         """What is left of the prefixes if of their visual tokens ``keep_mask (B, N)`` is kept: bool ``(B, M)``."""
         counts = self.visual.sum(1, keepdim=True)

@@ -40,13 +40,13 @@ class Recorded:
     @torch.no_grad()
     def _kept(self, visual: VisualTokens, budget: Tensor, rows: Tensor) -> Tensor:
         """Of some rows, bool ``(R, N)``."""
-        scorer, indices = self.data.scorer, [self.indices[row] for row in rows.tolist()]
+        reader, indices = self.data.scorer.reader, [self.indices[row] for row in rows.tolist()]
         held, blocks = visual.mask[rows], [self.data.block(index) for index in indices]
-        packed, inputs = scorer.prepare(
+        packed, inputs = reader.prepare(
             self.data.prefix(indices), visual.tokens[rows][held], held, [[block] for block in blocks]
         )
         last = packed.start + torch.tensor([block.answer_start - 1 for block in blocks])
-        decoder: Any = scorer.language
+        decoder: Any = reader.language
         places = last.to(packed.visual.device)
         with dropping(decoder, self.method, visual=packed.visual, last=places, budgets=budget[rows]) as dropped:
             decoder(**inputs, use_cache=False)

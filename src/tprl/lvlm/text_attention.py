@@ -12,17 +12,17 @@ from torch import Tensor
 
 from tprl.lvlm.in_model import LayerView
 from tprl.lvlm.packing import Block, Prefix
-from tprl.lvlm.score import AnswerScorer
+from tprl.lvlm.reader import RowReader
 
 
 @torch.no_grad()
-def text_attention(scorer: AnswerScorer, prefix: Prefix, tokens: Tensor, blocks: list[Block]) -> Tensor:
+def text_attention(reader: RowReader, prefix: Prefix, tokens: Tensor, blocks: list[Block]) -> Tensor:
     """Attention of every question's last prompt token to the visual tokens, mean over heads and over all decoder layers
     but the first quarter, which do not look for answers yet. What is asked for and what it is compared with are looked
     up in different layers.
 
     Args:
-        scorer: of the language model.
+        reader: of the language model.
         prefix: what stands before the questions, one row.
         tokens: visual tokens of one picture, ``(N, D)``.
         blocks: ``Q`` questions about it.
@@ -30,15 +30,15 @@ def text_attention(scorer: AnswerScorer, prefix: Prefix, tokens: Tensor, blocks:
     Returns:
         float32 ``(Q, N)``.
     """
-    rows = [[block] for block in blocks] if scorer.both_ways == "prompts" else [blocks]
-    return torch.cat([_attention(scorer, prefix, tokens, row) for row in rows])
+    rows = [[block] for block in blocks] if reader.both_ways == "prompts" else [blocks]
+    return torch.cat([_attention(reader, prefix, tokens, row) for row in rows])
 
 
-def _attention(scorer: AnswerScorer, prefix: Prefix, tokens: Tensor, blocks: list[Block]) -> Tensor:
+def _attention(reader: RowReader, prefix: Prefix, tokens: Tensor, blocks: list[Block]) -> Tensor:
     """``text_attention`` of questions that share a row."""
-    decoder: Any = scorer.language
+    decoder: Any = reader.language
     everything = torch.ones(1, len(tokens), dtype=torch.bool, device=tokens.device)
-    packed, inputs = scorer.prepare(prefix, tokens, everything, [blocks])
+    packed, inputs = reader.prepare(prefix, tokens, everything, [blocks])
     starts = torch.tensor([0, *(len(block.ids) for block in blocks)]).cumsum(0)[:-1]
     last = packed.start + starts + torch.tensor([block.answer_start - 1 for block in blocks])
     seen: list[Tensor] = []

@@ -44,6 +44,8 @@ from tprl.pocket.tower import (
 from tprl.pocket.words import blank_word, word_columns
 
 JOINT = "joint.safetensors"
+RENEWAL_BATCHES = 2
+"""Batches of pictures that the projector is fitted on, 576 patches each, for 257 numbers a unit."""
 FAMILY_WEIGHTS = dict.fromkeys((*FAMILIES, DESCRIBE), 1.0) | {
     "existence": 0.8, "attribute": 0.7, "position": 0.5, "grounding": 0.5,
     "reading": 1.5, "nearest": 1.5, "relation": 1.5,
@@ -118,7 +120,7 @@ def start_from(delta: Path, run: Path) -> tuple[Pocket, Tokens]:
 
 
 @torch.no_grad()
-def renew_tower(llava: LlavaForConditionalGeneration, tower: Tower, batches: int = 4) -> None:
+def renew_tower(llava: LlavaForConditionalGeneration, tower: Tower) -> None:
     """Put in a tower that learned on by itself, so that the language model finds what it knows.
 
     The words come with the tower. The projector's other units are fitted by least squares to say of some training
@@ -126,8 +128,8 @@ def renew_tower(llava: LlavaForConditionalGeneration, tower: Tower, batches: int
     """
     vision, units = llava.model.vision_tower, llava.model.multi_modal_projector.linear_1
     before, after = [], []
-    pictures = Batches(TowerConfig().batch_size, 0, batches)
-    for number in range(batches):
+    pictures = Batches(TowerConfig.batch_size, 0, RENEWAL_BATCHES)
+    for number in range(RENEWAL_BATCHES):
         pixels = normalise(pictures[number].pixels)
         before.append(units(vision(pixels).last_hidden_state[:, 1:])[..., UNITS:].flatten(0, 1))
         hidden = tower.vision(pixels).last_hidden_state[:, 1:].flatten(0, 1)

@@ -85,7 +85,7 @@ def tower_looking_loss(
         hidden: the hidden states of all layers, ``(B, 1 + N, D)`` each, [CLS] first.
         owners: int64 ``(B, N)``, see ``patch_owners``.
         neighbours: int64 ``(B, LOOKUPS, N)``, see ``patch_neighbours``.
-        kinds: int64 ``(B, N)``: number of the kind of the thing that owns the patch; read only where there is one.
+        kinds: int64 ``(B, N)``: number of the kind of the thing that owns the patch.
     """
     picture, patch = (owners >= 0).nonzero(as_tuple=True)
     owner = owners[picture, patch]

@@ -143,17 +143,16 @@ def mark_loss(marks: Tensor, glyphs: Tensor, kinds: Tensor, centres: Tensor) -> 
     Args:
         marks: see ``Sight``.
         glyphs: int64 ``(B, N)``.
-        kinds: int64 ``(B, N)``, only patches of things count.
+        kinds: int64 ``(B, N)``, see ``Batch.kinds``.
         centres: bool ``(B, N)``.
     """
     glyph, kind, centre = marks.float().flatten(0, 1).split([GLYPHS, len(KINDS), 1], 1)
     rare = marks.new_tensor(20.0)
-    return (
-        nn.functional.cross_entropy(glyph, glyphs.flatten(), ignore_index=IGNORE)
-        + 0.5 * nn.functional.cross_entropy(kind, kinds.flatten(), ignore_index=BACKGROUND)
-        + 0.25
-        * nn.functional.binary_cross_entropy_with_logits(centre[:, 0], centres.flatten().float(), pos_weight=rare)
-    )
+    glyph_loss = nn.functional.cross_entropy(glyph, glyphs.flatten(), ignore_index=IGNORE)
+    kind_loss = nn.functional.cross_entropy(kind, kinds.flatten(), ignore_index=BACKGROUND)
+    wanted = centres.flatten().float()
+    centre_loss = nn.functional.binary_cross_entropy_with_logits(centre[:, 0], wanted, pos_weight=rare)
+    return glyph_loss + 0.5 * kind_loss + 0.25 * centre_loss
 
 
 @torch.no_grad()

@@ -225,7 +225,7 @@ def _text_attention(train: EncodedSamples, indices: list[int], visual: VisualTok
         real = visual.mask[chosen[0]]
         blocks = [train.block(indices[row]) for row in chosen]
         prefix = train.prefix([indices[chosen[0]]])
-        seen = text_attention(train.scorer, prefix, visual.tokens[chosen[0]][real], blocks)
+        seen = text_attention(train.scorer.reader, prefix, visual.tokens[chosen[0]][real], blocks)
         for row, attention in zip(chosen, seen, strict=True):
             signal[row, real] = attention.cpu()
     return signal

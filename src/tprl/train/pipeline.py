@@ -67,14 +67,14 @@ def train(
     unpruned = unpruned_accuracy(held_out)
 
     def watch(step: int) -> dict[str, float]:
-        figures = {"padding": data.scorer.padding_share()}
+        figures = {"padding": data.scorer.passes.padding_share()}
         if (step + 1) % WATCHED_EVERY == 0 or step + 1 == config.ppo.epochs:
             seen = one_shot(pruner, held_out, unpruned, budget=WATCHED_BUDGETS[0], most=WATCHED_SAMPLES)
             figures["validation_accuracy"] = seen.accuracy
         return figures
 
     def make_ppo() -> Stage:
-        data.scorer.padding_share()  # what was scored before is none of its business
+        data.scorer.passes.padding_share()  # what was scored before is none of its business
         return ppo_stage(pruner, data, config, watch)
 
     makers: dict[str, Callable[[], Stage]] = {

@@ -134,7 +134,8 @@ def renew_tower(llava: LlavaForConditionalGeneration, tower: Tower) -> None:
         before.append(units(vision(pixels).last_hidden_state[:, 1:])[..., UNITS:].flatten(0, 1))
         hidden = tower.vision(pixels).last_hidden_state[:, 1:].flatten(0, 1)
         after.append(nn.functional.pad(hidden, (0, 1), value=1.0))
-    fitted = torch.linalg.lstsq(torch.cat(after), torch.cat(before)).solution.T
+    # In float32 the solver takes the least directions of so many rows for noise and drops them.
+    fitted = torch.linalg.lstsq(torch.cat(after).double(), torch.cat(before).double()).solution.T.float()
     vision.load_state_dict(tower.vision.state_dict())
     units.weight.copy_(torch.cat([tower.words.weight, fitted[:, :-1]]))
     units.bias.copy_(torch.cat([tower.words.bias, fitted[:, -1]]))

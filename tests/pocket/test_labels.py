@@ -3,7 +3,7 @@
 import numpy as np
 
 from tprl.data.scenes.scene import COLOURS, DIRECTIONS, KINDS, SIDE, make_scene
-from tprl.pocket.labels import GLYPHS, GRID, IGNORE, SLOTS, anchors, glyph_labels, patch_labels, presence
+from tprl.pocket.labels import GLYPHS, GRID, IGNORE, SLOTS, glyph_labels, patch_labels, presence
 
 NAMES = [slot.name for slot in SLOTS]
 PATCH = SIDE // GRID
@@ -61,12 +61,6 @@ def test_glyphs_lie_where_the_numbers_are_drawn() -> None:
         assert {label for label in labels.flatten().tolist() if label > 0} == wanted
         assert labels.max() < GLYPHS
     assert found > 20
-
-
-def test_centres_can_be_counted() -> None:
-    for index in range(20):
-        scene = make_scene("val", index)
-        assert anchors(scene).sum() == len(scene.things)
 
 
 def test_presence_lists_kinds_and_colours() -> None:

@@ -1,14 +1,16 @@
 """Where the tower's heads are taught to look, against the scene, patch by patch and head by head."""
 
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
-from torch import Tensor
 
 from tprl.data.scenes.scene import DIRECTIONS, KINDS, Scene, make_scene
-from tprl.pocket.labels import BACKGROUND, GRID, LOOKUPS, anchors, patch_labels, patch_neighbours, patch_owners
-from tprl.pocket.looking import CLS_SHARE, COUNT, TOWER_LOOKS, tower_looking_loss
-from tprl.pocket.tower import Batch, Tower, make_batch, normalise
+from tprl.pocket.labels import BACKGROUND, GRID, LOOKUPS, patch_labels, patch_neighbours, patch_owners
+from tprl.pocket.looking import COUNT, TOWER_LOOKS, tower_looking_loss
+from tprl.pocket.pictures import Batch, make_batch, normalise
+from tprl.pocket.tower import Tower
 
 
 @pytest.fixture(scope="module")
@@ -23,11 +25,10 @@ def batch(scenes: list[Scene]) -> Batch:
 
 def test_labels_are_those_of_the_owner(scenes: list[Scene]) -> None:
     for scene in scenes:
-        owners, labels, centres = patch_owners(scene), patch_labels(scene), anchors(scene)
+        owners, labels = patch_owners(scene), patch_labels(scene)
         for patch in np.flatnonzero(owners >= 0):
             assert list(KINDS)[labels[0, patch] - 1] == scene.things[owners[patch]].kind
         assert (labels[0, owners == BACKGROUND] == 0).all()
-        assert sorted(owners[centres]) == list(range(len(scene.things)))
 
 
 def test_neighbours_are_the_scene_s(scenes: list[Scene]) -> None:
@@ -41,55 +42,91 @@ def test_neighbours_are_the_scene_s(scenes: list[Scene]) -> None:
                 assert neighbours[row, patch] == (scene.things.index(there) if there else -1)
 
 
-def slow_loss(weights: dict[tuple[int, int], Tensor], scenes: list[Scene]) -> float:
-    """The loss from attention weights ``(B, N, 1 + N)`` of every taught head."""
-    losses = []
-    for number, heads in TOWER_LOOKS.items():
-        for head, looked_for in heads.items():
+def slow_loss(attentions: Any, scenes: list[Scene]) -> float:
+    """The loss from the attention ``(B, heads, 1 + N, 1 + N)`` of all layers."""
+    heads = []
+    for number, taught in TOWER_LOOKS.items():
+        for head, looked_for in taught.items():
+            losses = []
             for b, scene in enumerate(scenes):
                 owners = patch_owners(scene)
                 for patch in np.flatnonzero(owners >= 0):
-                    thing, attention = scene.things[owners[patch]], weights[number, head][b, patch].double()
+                    thing, attention = scene.things[owners[patch]], attentions[number][b, head, 1 + patch].double()
                     if looked_for == COUNT:
-                        alike = [
-                            1 + np.flatnonzero(owners == n) for n, t in enumerate(scene.things) if t.kind == thing.kind
-                        ]
-                        logs = CLS_SHARE * attention[0].log() + sum(attention[on].sum().log() for on in alike)
-                        losses.append(-logs.item() / (CLS_SHARE + len(alike)))
+                        alike = [n for n, other in enumerate(scene.things) if other.kind == thing.kind]
+                        logs = attention[0].log() + sum(attention[on(owners, n)].sum().log() for n in alike)
+                        losses.append(-logs.item() / (1 + len(alike)))
                         continue
-                    direction = None if looked_for == "nearest" else DIRECTIONS[looked_for]
-                    there = scene.nearest(thing, direction)
+                    there = scene.nearest(thing, None if looked_for == "nearest" else DIRECTIONS[looked_for])
                     if there:
-                        on_it = 1 + np.flatnonzero(owners == scene.things.index(there))
-                        losses.append(-attention[on_it].sum().log().item())
-    return float(np.mean(losses))
+                        losses.append(-attention[on(owners, scene.things.index(there))].sum().log().item())
+            heads.append(np.mean(losses))
+    of_cls = [
+        -attention[0][on(patch_owners(scene), n)].sum().log().item()
+        for b, scene in enumerate(scenes)
+        for attention in attentions[-1][b].double()
+        for n in range(len(scene.things))
+    ]
+    return float(np.mean([*heads, np.mean(of_cls)]))
 
 
-def test_the_loss_is_that_of_the_tower_s_own_attention(scenes: list[Scene], batch: Batch) -> None:
+def on(owners: np.ndarray, thing: int) -> np.ndarray:
+    """Where the patches of ``thing`` stand behind [CLS]."""
+    return 1 + np.flatnonzero(owners == thing)
+
+
+def random_tower() -> Tower:
     torch.manual_seed(0)
     tower = Tower()
     with torch.no_grad():
         for parameter in tower.vision.encoder.parameters():
             parameter.mul_(2)  # else all attention is nearly even, and many a mistake would not show
+    return tower
+
+
+def test_the_loss_is_that_of_the_tower_s_own_attention(scenes: list[Scene], batch: Batch) -> None:
+    tower = random_tower()
     tower.vision.set_attn_implementation("eager")
     output = tower.vision(normalise(batch.pixels), output_hidden_states=True, output_attentions=True)
-    loss = tower_looking_loss(tower.vision, output.hidden_states, batch.owners, batch.neighbours, batch.kinds)
-    weights = {
-        (number, head): output.attentions[number][:, head, 1:]
-        for number, heads in TOWER_LOOKS.items()
-        for head in heads
-    }
-    assert loss.item() == pytest.approx(slow_loss(weights, scenes), rel=1e-4)
-    other = tower_looking_loss(tower.vision, output.hidden_states, batch.owners, batch.neighbours.flip(1), batch.kinds)
+    loss = tower_looking_loss(tower.vision, output.hidden_states, batch)
+    assert loss.item() == pytest.approx(slow_loss(output.attentions, scenes), rel=1e-4)
+    other = tower_looking_loss(tower.vision, output.hidden_states, batch._replace(neighbours=batch.neighbours.flip(1)))
     assert abs(other.item() - loss.item()) > 1e-2
+
+
+def test_a_patch_that_stands_for_two_is_looked_at_as_two(scenes: list[Scene], batch: Batch) -> None:
+    """Showing every patch of the ground twice, or once with twice the weight, is the same."""
+    tower = random_tower()
+    drawn = [torch.cat([torch.arange(GRID**2), (owners < 0).nonzero()[:, 0]]) for owners in batch.owners]
+    fewest = min(len(patches) for patches in drawn)
+    at = torch.stack([patches[:fewest] for patches in drawn])
+    twice = Batch(
+        batch.pixels,
+        batch.presence,
+        at,
+        torch.ones(at.shape),
+        torch.stack([batch.labels[:, b, at[b]] for b in range(len(scenes))], 1),
+        batch.owners.gather(1, at),
+        torch.stack([batch.neighbours[b][:, at[b]] for b in range(len(scenes))]),
+        batch.glyphs.gather(1, at),
+    )
+    weights = torch.stack([torch.bincount(patches, minlength=GRID**2) for patches in at]).float()
+    losses = []
+    for shown in (batch._replace(weights=weights), twice):
+        hidden = tower(normalise(shown.pixels), shown.patches, shown.weights).hidden
+        losses.append(tower_looking_loss(tower.vision, hidden, shown).item())
+    assert losses[0] == pytest.approx(losses[1], rel=1e-4)
+    plain = tower(normalise(batch.pixels), batch.patches, batch.weights).hidden
+    assert tower_looking_loss(tower.vision, plain, batch).item() != pytest.approx(losses[0], rel=1e-3)
 
 
 def test_it_teaches_the_queries_and_keys_of_the_taught_heads_alone(batch: Batch) -> None:
     torch.manual_seed(0)
     tower = Tower()
-    hidden = tower(normalise(batch.pixels)).hidden
+    hidden = tower(normalise(batch.pixels), batch.patches, batch.weights).hidden
     detached = tuple(state.detach() for state in hidden)
-    tower_looking_loss(tower.vision, detached, batch.owners, batch.neighbours, batch.kinds).backward()
+    tower_looking_loss(tower.vision, detached, batch).backward()
+    last = len(tower.vision.encoder.layers) - 1
     for number, layer in enumerate(tower.vision.encoder.layers):
         gradient = layer.self_attn.q_proj.weight.grad
         taught = TOWER_LOOKS.get(number, {})
@@ -97,5 +134,5 @@ def test_it_teaches_the_queries_and_keys_of_the_taught_heads_alone(batch: Batch)
             assert gradient is None
             continue
         by_head = gradient.unflatten(0, (4, -1)).abs().sum((1, 2)) > 0
-        assert by_head.nonzero()[:, 0].tolist() == sorted(taught)
+        assert by_head.nonzero()[:, 0].tolist() == (sorted(taught) if number < last else [0, 1, 2, 3])
         assert layer.self_attn.v_proj.weight.grad is None

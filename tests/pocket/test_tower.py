@@ -1,18 +1,21 @@
 """What the tower is trained on."""
 
+import numpy as np
 import pytest
 import torch
 
 from tprl.data.scenes.scene import KINDS, STANDARD, make_scene
-from tprl.pocket.labels import BACKGROUND, GLYPHS, IGNORE, SLOTS
-from tprl.pocket.tower import NUMBERED, Batches, make_batch, mark_loss
+from tprl.pocket.labels import BACKGROUND, GLYPHS, GRID, IGNORE, SLOTS, patch_owners
+from tprl.pocket.pictures import GROUND, NUMBERED, Batches, make_batch, normalise
+from tprl.pocket.tower import Tower, mark_loss
 
 TENS = [slot.name for slot in SLOTS].index("tens")
 
 
 def test_every_second_picture_is_full_of_numbers_and_steps_go_on_where_they_stopped() -> None:
     batch = Batches(batch_size=4, first=3, last=5)[1]
-    expected = make_batch([make_scene("train", 16 + i, (STANDARD, NUMBERED)[i % 2]) for i in range(4)])
+    scenes = [make_scene("train", 16 + i, (STANDARD, NUMBERED)[i % 2]) for i in range(4)]
+    expected = make_batch(scenes, np.random.default_rng((16, 4)))
     for found, wanted in zip(batch, expected, strict=True):
         torch.testing.assert_close(found, wanted)
     things = [batch.owners[i][batch.labels[TENS, i] > 0].unique() for i in (1, 3)]
@@ -21,20 +24,57 @@ def test_every_second_picture_is_full_of_numbers_and_steps_go_on_where_they_stop
     ]
 
 
-def test_marks_are_taught_glyphs_kinds_and_centres_patch_by_patch() -> None:
+def test_all_patches_of_things_are_shown_and_some_ground_that_stands_for_the_rest() -> None:
+    scenes = [make_scene("train", index) for index in (5, 6)]
+    everything, some = make_batch(scenes), make_batch(scenes, np.random.default_rng(1))
+    assert everything.patches.tolist() == [list(range(GRID**2))] * 2
+    assert (everything.weights == 1).all()
+    for b in range(2):
+        shown = some.weights[b] > 0
+        patches, owners = some.patches[b, shown], some.owners[b, shown]
+        assert len(set(patches.tolist())) == len(patches)
+        assert set((everything.owners[b] >= 0).nonzero()[:, 0].tolist()) <= set(patches.tolist())
+        assert int((owners < 0).sum()) == GROUND
+        assert some.weights[b].sum().item() == pytest.approx(GRID**2, rel=1e-5)
+        assert torch.equal(owners, everything.owners[b, patches])
+        assert torch.equal(some.labels[:, b, shown], everything.labels[:, b, patches])
+        assert torch.equal(some.neighbours[b][:, shown], everything.neighbours[b][:, patches])
+        assert torch.equal(some.glyphs[b, shown], everything.glyphs[b, patches])
+    other = make_batch(scenes, np.random.default_rng(2))
+    assert not torch.equal(some.patches, other.patches)
+
+
+def test_a_thing_s_area_is_known_on_each_of_its_patches() -> None:
+    scene = make_scene("train", 5)
+    batch, owners = make_batch([scene]), patch_owners(scene)
+    assert batch.areas[0].tolist() == [int((owners == owner).sum()) if owner >= 0 else 0 for owner in owners]
+
+
+def test_marks_are_taught_glyphs_kinds_and_areas_patch_by_patch() -> None:
     batch = make_batch([make_scene("train", 3, NUMBERED)])
     marks = torch.randn(1, batch.owners.shape[1], GLYPHS + len(KINDS) + 1, generator=torch.Generator().manual_seed(0))
-    glyphs, kinds, centres = [], [], []
+    glyphs, kinds, areas = [], [], []
     for patch, scores in enumerate(marks[0].double()):
-        glyph, kind, centre = scores[:GLYPHS], scores[GLYPHS:-1], scores[-1].sigmoid()
+        glyph, kind, area = scores[:GLYPHS], scores[GLYPHS:-1], scores[-1]
+        owner = batch.owners[0, patch]
         if batch.glyphs[0, patch] != IGNORE:
             glyphs.append(-glyph.log_softmax(0)[batch.glyphs[0, patch]])
-        if batch.owners[0, patch] >= 0:
+        if owner >= 0:
             kinds.append(-kind.log_softmax(0)[batch.labels[0, 0, patch] - 1])
-        centres.append(-20 * centre.log() if batch.centres[0, patch] else -(1 - centre).log())
-    wanted = sum(weight * torch.stack(part).mean() for weight, part in ((1, glyphs), (0.5, kinds), (0.25, centres)))
-    found = mark_loss(marks, batch.glyphs, batch.kinds, batch.centres)
+            areas.append((area - (batch.owners[0] == owner).sum().double().log()) ** 2)
+    wanted = sum(weight * torch.stack(part).mean() for weight, part in ((1, glyphs), (0.5, kinds), (0.5, areas)))
+    found = mark_loss(marks, batch.glyphs, batch.kinds, batch.areas)
     assert found.item() == pytest.approx(float(wanted), rel=1e-5)
     assert (batch.kinds == BACKGROUND).any()
-    other = mark_loss(marks, batch.glyphs, batch.kinds.roll(1, 1), batch.centres)
+    other = mark_loss(marks, batch.glyphs, batch.kinds.roll(1, 1), batch.areas)
     assert abs(other.item() - found.item()) > 1e-3
+
+
+@torch.no_grad()
+def test_all_patches_seen_at_once_are_what_the_model_sees() -> None:
+    tower, batch = Tower(), make_batch([make_scene("val", 0)])
+    wanted = tower.vision(normalise(batch.pixels), output_hidden_states=True)
+    sight = tower(normalise(batch.pixels), batch.patches, batch.weights)
+    for found, state in zip(sight.hidden, wanted.hidden_states, strict=True):
+        torch.testing.assert_close(found, state, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(sight.presence, tower.presence(wanted.pooler_output), atol=1e-4, rtol=1e-4)

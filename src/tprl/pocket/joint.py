@@ -26,17 +26,16 @@ from tprl.pocket.labels import GRID, SLOTS, UNITS
 from tprl.pocket.language import LANGUAGE, answer_loss, competing
 from tprl.pocket.looking import Looking, relevant_patches
 from tprl.pocket.model import add_delta, new_llava
+from tprl.pocket.pictures import Batch, Batches, make_batch, normalise
 from tprl.pocket.precision import fastest_attention, mixed_precision
 from tprl.pocket.questions import DESCRIBE, Tokens, draw_questions
 from tprl.pocket.tower import (
     MIDDLE,
     TOWER,
-    Batches,
     Sight,
     Tower,
     TowerConfig,
-    make_batch,
-    normalise,
+    hidden_states,
     schedule,
     tower_losses,
     word_accuracy,
@@ -78,14 +77,14 @@ class Pocket(nn.Module):
         super().__init__()
         self.llava, self.presence, self.marks = llava, tower.presence, tower.marks
 
-    def see(self, pixels: Tensor) -> tuple[Tensor, Sight]:
-        """Pixels ``(B, 3, SIDE, SIDE)`` to visual tokens ``(B, N, D)`` and what the tower made of them."""
-        projector = self.llava.model.multi_modal_projector
-        output = self.llava.model.vision_tower(pixels, output_hidden_states=True)
-        hidden = projector.linear_1(output.last_hidden_state[:, 1:])
-        visual = projector.linear_2(projector.act(hidden))
-        marks = self.marks(output.hidden_states[MIDDLE][:, 1:])
-        return visual, Sight(hidden[..., :UNITS], self.presence(output.pooler_output), marks, output.hidden_states)
+    def see(self, batch: Batch) -> tuple[Tensor, Sight]:
+        """Pictures, all of whose patches are shown, to visual tokens ``(B, N, D)`` and what the tower made of them."""
+        vision, projector = self.llava.model.vision_tower, self.llava.model.multi_modal_projector
+        hidden = hidden_states(vision, normalise(batch.pixels), batch.patches, batch.weights)
+        units = projector.linear_1(hidden[-1][:, 1:])
+        present = self.presence(vision.post_layernorm(hidden[-1][:, 0]))
+        sight = Sight(units[..., :UNITS], present, self.marks(hidden[MIDDLE][:, 1:]), hidden)
+        return projector.linear_2(projector.act(units)), sight
 
 
 def start(run: Path) -> tuple[Pocket, Tokens]:
@@ -179,7 +178,7 @@ def train_joint(run: Path, config: JointConfig, delta: Path | None = None) -> It
         for group in optimizer.param_groups:
             group["lr"] = group["rate"] * schedule(step, config.warmup_steps, config.steps)
         with mixed_precision():
-            visual, sight = pocket.see(normalise(batch.pixels))
+            visual, sight = pocket.see(batch)
             answered, right = answer_loss(language, head, visual, packed, vocabulary)
             looked = looking.loss(packed, *relevant_patches(asked, batch.labels))
             seen_right = tower_losses(sight, pocket.llava.model.vision_tower, batch, [slot.weight for slot in SLOTS])

@@ -143,15 +143,6 @@ def glyph_labels(scene: Scene) -> np.ndarray:
     return labels.reshape(-1)
 
 
-def anchors(scene: Scene) -> np.ndarray:
-    """The patch that holds each thing's centre, bool ``(GRID * GRID,)``: what can be counted, however large it is."""
-    labels = np.zeros((GRID, GRID), bool)
-    for thing in scene.things:
-        x, y = thing.centre
-        labels[int(y * GRID / SIDE), int(x * GRID / SIDE)] = True
-    return labels.reshape(-1)
-
-
 def presence(scene: Scene) -> np.ndarray:
     """Which kinds and colours the picture holds, float32 ``(len(KINDS) + len(COLOURS),)``: what [CLS] is taught."""
     colours = {thing.card.colour for thing in scene.things if thing.card}

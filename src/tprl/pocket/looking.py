@@ -11,6 +11,7 @@ from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 from tprl.data.scenes.scene import COLOURS, KINDS
 from tprl.lvlm.packing import Packed
 from tprl.pocket.labels import LOOKUPS
+from tprl.pocket.pictures import Batch
 from tprl.pocket.questions import Questions
 
 LOOKING_LAYERS, LOOKING_KEY_HEADS = (4, 5, 6), 2
@@ -63,56 +64,52 @@ class Looking:
 
 COUNT = "count"
 TOWER_LOOKS = {
-    3: {0: "nearest", 2: "left of", 3: "above"},
-    4: {0: "right of", 1: COUNT, 2: "below"},
+    5: {1: "nearest", 2: "left of", 3: "right of"},
+    6: {0: "above", 1: "below", 2: COUNT},
 }
-"""What each taught head of the tower looks for, by layer and head; the others stay free. Head 3 of the last layer is
-better left alone: it learns by itself to gather what the patches of a thing say, which all words need."""
-CLS_SHARE = 3.0
-"""Attention that [CLS] gets while counting, against 1 for each thing: n things leave it 3 / (3 + n)."""
+"""What each taught head of the tower looks for, by layer and head; the others stay free."""
 
 
-def tower_looking_loss(
-    vision: CLIPVisionModel, hidden: tuple[Tensor, ...], owners: Tensor, neighbours: Tensor, kinds: Tensor
-) -> Tensor:
-    """How far the heads of ``TOWER_LOOKS`` are from looking where the answer stands, mean over patches of things.
+def tower_looking_loss(vision: CLIPVisionModel, hidden: tuple[Tensor, ...], batch: Batch) -> Tensor:
+    """How far the heads of ``TOWER_LOOKS`` are from looking where the answer stands, mean over the heads, each over
+    the patches of things; and how far [CLS] in the last layer is from looking at every thing alike.
 
     A head for neighbours is to spend its attention on the neighbour, wherever on it: ``-log(attention there)``. The
     head that counts is to spread it evenly over the things alike, wherever on each and however large it is, and [CLS],
     from whose share the number can be read: cross-entropy.
 
     Args:
-        hidden: the hidden states of all layers, ``(B, 1 + N, D)`` each, [CLS] first.
-        owners: int64 ``(B, N)``, see ``patch_owners``.
-        neighbours: int64 ``(B, LOOKUPS, N)``, see ``patch_neighbours``.
-        kinds: int64 ``(B, N)``: number of the kind of the thing that owns the patch.
+        hidden: the hidden states of all layers, ``(B, 1 + M, D)`` each, [CLS] first.
     """
-    picture, patch = (owners >= 0).nonzero(as_tuple=True)
-    owner = owners[picture, patch]
-    of_things = torch.full((len(owners), int(owners.max()) + 1), -1)
-    of_things[picture, owner] = kinds[picture, patch]
-    losses = []
+    bias = nn.functional.pad(batch.weights, (1, 0), value=1.0).log()[:, None]
+    things, of_thing = batch.things, batch.owners >= 0
+    kinds_of_things = (things * batch.kinds[..., None]).amax(1)
+    alike = (kinds_of_things[:, None] == batch.kinds[..., None]).float() * (things.sum(1) > 0)[:, None]
+    losses: list[Tensor] = []
     for number, heads in TOWER_LOOKS.items():
         layer: Any = vision.get_submodule(f"encoder.layers.{number}")
         states, size = layer.layer_norm1(hidden[number]), layer.self_attn.head_dim
-        queries = layer.self_attn.q_proj(states[picture, 1 + patch]).float().unflatten(-1, (-1, size))
         # Apart, since the gradient of a slice is as large as what it was cut from.
-        keys = layer.self_attn.k_proj(states).float().unflatten(-1, (-1, size)).unbind()
+        queries = layer.self_attn.q_proj(states).float().unflatten(-1, (-1, size)).unbind(2)
+        keys = layer.self_attn.k_proj(states).float().unflatten(-1, (-1, size)).unbind(2)
         for head, looked_for in heads.items():
-            scores = torch.cat([queries[picture == b, head] @ keys[b][:, head].T for b in range(len(owners))])
-            logs = (scores * layer.self_attn.scale).log_softmax(-1)
+            scores = queries[head][:, 1:] @ keys[head].mT * layer.self_attn.scale
+            logs = (scores + bias).log_softmax(-1)
             if looked_for == COUNT:
-                alike = (of_things[picture] == kinds[picture, patch][:, None]).float()
-                on_things = torch.zeros_like(alike).scatter_add(
-                    1, owners[picture].clamp(min=0), logs[:, 1:].exp() * (owners[picture] >= 0)
-                )
-                found = CLS_SHARE * logs[:, 0] + (alike * on_things.clamp(min=1e-12).log()).sum(1)
-                losses.append(-found / (CLS_SHARE + alike.sum(1)))
+                on_things = (logs[..., 1:].exp() @ things).clamp(min=1e-12).log()
+                found = logs[..., 0] + (alike * on_things).sum(-1)
+                losses.append(-(found / (1 + alike.sum(-1)))[of_thing].mean())
             else:
-                neighbour = neighbours[picture, LOOKUPS.index(looked_for), patch]
-                there = (owners[picture] == neighbour[:, None])[neighbour >= 0]
-                losses.append(-logs[neighbour >= 0, 1:].masked_fill(~there, -torch.inf).logsumexp(-1))
-    return torch.cat(losses).mean()
+                picture, patch = (batch.neighbours[:, LOOKUPS.index(looked_for)] >= 0).nonzero(as_tuple=True)
+                neighbour = batch.neighbours[picture, LOOKUPS.index(looked_for), patch]
+                there = batch.owners[picture] == neighbour[:, None]
+                losses.append(-logs[picture, patch, 1:].masked_fill(~there, -torch.inf).logsumexp(-1).mean())
+    # What is left of the loop is the last layer, whose attention from [CLS] is what some pruners choose by.
+    for query, key in zip(queries, keys, strict=True):
+        logs = ((query[:, :1] @ key.mT) * layer.self_attn.scale + bias).log_softmax(-1)[..., 1:]
+        on_things = (logs.exp() @ things)[:, 0]
+        losses.append(-on_things[things.sum(1) > 0].log().mean() / len(queries))
+    return torch.stack(losses).sum() / (len(losses) - len(queries) + 1)
 
 
 def relevant_patches(asked: list[Questions], labels: Tensor) -> tuple[Tensor, Tensor]:

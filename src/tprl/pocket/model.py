@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 from transformers import (
     CLIPImageProcessorPil,
+    CLIPVisionConfig,
     LlamaForCausalLM,
     LlavaConfig,
     LlavaForConditionalGeneration,
@@ -14,9 +15,15 @@ from transformers import (
 from tprl.data.scenes.scene import SIDE
 from tprl.pocket.base import CHAT_TEMPLATE, IMAGE_TOKEN
 from tprl.pocket.labels import GRID
-from tprl.pocket.tower import vision_config
 
 LANGUAGE_PREFIX = "model.language_model."
+
+
+def vision_config() -> CLIPVisionConfig:
+    return CLIPVisionConfig(
+        hidden_size=256, intermediate_size=1024, num_hidden_layers=7, num_attention_heads=4,
+        image_size=SIDE, patch_size=SIDE // GRID, hidden_act="gelu",
+    )  # fmt: skip
 
 
 def new_llava(base: LlamaForCausalLM, image_token_id: int) -> LlavaForConditionalGeneration:
@@ -59,25 +66,33 @@ def new_processor(tokenizer: PreTrainedTokenizerBase) -> LlavaProcessor:
 def to_delta(llava: LlavaForConditionalGeneration, base: LlamaForCausalLM) -> dict[str, Tensor]:
     """All that ``llava`` does not share with ``base``.
 
-    Differences of the language model's matrices are rounded to 8 bits, one scale an output row, which is finer than
-    training noise; all else is kept as it is, in 16 bits where it is a matrix.
+    Matrices, the language model's as differences, are rounded to 8 bits, one scale an output row, which is finer than
+    training noise; all else is kept as it is, in 16 bits where it has more than one dimension.
     """
     before = base.model.state_dict()
     tensors: dict[str, Tensor] = {}
     for name, weight in llava.state_dict().items():
-        if name.startswith(LANGUAGE_PREFIX):
-            difference = weight.float() - before[name.removeprefix(LANGUAGE_PREFIX)]
-            if not difference.any():
-                continue
-            if difference.ndim == 2:
-                scale = difference.abs().amax(1) / 127
-                steps = (difference / scale.clamp(min=1e-12)[:, None]).round()
-                tensors |= {name + ".steps": steps.to(torch.int8), name + ".scale": scale}
-            else:
-                tensors[name] = weight.float()
-        elif not name.startswith("lm_head"):
+        shared = before.get(name.removeprefix(LANGUAGE_PREFIX))
+        if name.startswith("lm_head") or (shared is not None and torch.equal(weight, shared)):
+            continue
+        if weight.ndim == 2:
+            own = weight.float() if shared is None else weight.float() - shared
+            scale = own.abs().amax(1) / 127
+            steps = (own / scale.clamp(min=1e-12)[:, None]).round()
+            tensors |= {name + ".steps": steps.to(torch.int8), name + ".scale": scale}
+        else:
             tensors[name] = weight.half() if weight.ndim > 1 else weight.float()
     return tensors
+
+
+def unrounded(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The weights and differences in a file of ``to_delta``, by name."""
+    whole = {name: tensor for name, tensor in tensors.items() if not name.endswith((".steps", ".scale"))}
+    for name, steps in tensors.items():
+        if name.endswith(".steps"):
+            of = name.removesuffix(".steps")
+            whole[of] = steps.float() * tensors[of + ".scale"][:, None]
+    return whole
 
 
 def add_delta(llava: LlavaForConditionalGeneration, tensors: dict[str, Tensor]) -> None:
@@ -88,11 +103,8 @@ def add_delta(llava: LlavaForConditionalGeneration, tensors: dict[str, Tensor]) 
     """
     weights = llava.state_dict()
     with torch.no_grad():
-        for name, value in tensors.items():
-            target = name.removesuffix(".steps").removesuffix(".scale")
-            if target not in weights:
-                raise ValueError(f"pocket-llava has no weight {target!r}: the package's weights are damaged")
-            if name.endswith(".steps"):
-                weights[target] += value.float() * tensors[target + ".scale"][:, None]
-            elif not name.endswith(".scale"):
-                weights[target].copy_(value)
+        for name, value in unrounded(tensors).items():
+            if name not in weights:
+                raise ValueError(f"pocket-llava has no weight {name!r}: the package's weights are damaged")
+            is_difference = name.startswith(LANGUAGE_PREFIX) and value.ndim == 2
+            weights[name].copy_(weights[name] + value if is_difference else value)

@@ -12,40 +12,31 @@ from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Dataset
-from transformers import CLIPVisionConfig, CLIPVisionModel
+from torch.utils.data import DataLoader
+from transformers import CLIPVisionModel
 
 from tprl.checkpoint import load_checkpoint, load_optimizer, optimizer_tensors, prefixed, save_checkpoint, with_prefix
-from tprl.data.scenes.drawing import render
-from tprl.data.scenes.scene import COLOURS, KINDS, SIDE, STANDARD, Scene, SceneSettings, make_scene
-from tprl.pocket.labels import (
-    BACKGROUND,
-    GLYPHS,
-    GRID,
-    IGNORE,
-    SLOTS,
-    UNITS,
-    anchors,
-    glyph_labels,
-    patch_labels,
-    patch_neighbours,
-    patch_owners,
-    presence,
-)
+from tprl.data.scenes.scene import COLOURS, KINDS
+from tprl.pocket.labels import BACKGROUND, GLYPHS, GRID, IGNORE, SLOTS, UNITS
 from tprl.pocket.looking import tower_looking_loss
+from tprl.pocket.model import unrounded, vision_config
+from tprl.pocket.pictures import Batch, Batches, normalise
 from tprl.pocket.precision import compiled_if_mixed, fastest_attention, mixed_precision
 
 TOWER = "tower.safetensors"
 MIDDLE = 3
-"""After how many layers kinds, glyphs and centres are to be known: look-ups need the layers above."""
+"""After how many layers kinds, glyphs and areas are to be known: look-ups need the layers above."""
 NONE_LOGIT = -1.0
 SHARPNESS = 3.0
+LOUDNESS = 2.5
+"""Pre-activation of the right word. Louder words are heard better: at 1 the language model, which learned from words
+of about 2.5, overhears most."""
 
 
 @dataclass(frozen=True)
@@ -68,8 +59,8 @@ class Sight(NamedTuple):
     Attributes:
         units: pre-activations of the words, ``(B, N, UNITS)``.
         presence: logits of what the picture holds, ``(B, kinds + colours)``, from [CLS].
-        marks: ``(B, N, GLYPHS + kinds + 1)`` logits of the glyph on each patch, of the kind of its thing, and of the
-            thing's centre there, from the middle.
+        marks: ``(B, N, GLYPHS + kinds + 1)`` from the middle: logits of the glyph on each patch and of the kind of its
+            thing, and the logarithm of how many patches that covers.
         hidden: hidden states of all layers, ``(B, 1 + N, D)`` each.
     """
 
@@ -93,19 +84,32 @@ class Tower(nn.Module):
             positions = self.vision.get_parameter("embeddings.position_embedding.weight")
             positions[1:] = sincos_positions(GRID, positions.shape[1])
 
-    def forward(self, pixels: Tensor) -> Sight:
-        """Pixels ``(B, 3, SIDE, SIDE)``, normalised."""
-        output = self.vision(pixels, output_hidden_states=True)
-        marks = self.marks(output.hidden_states[MIDDLE][:, 1:])
-        units = self.words(output.last_hidden_state[:, 1:])
-        return Sight(units, self.presence(output.pooler_output), marks, output.hidden_states)
+    def forward(self, pixels: Tensor, patches: Tensor, weights: Tensor) -> Sight:
+        """Pixels ``(B, 3, SIDE, SIDE)``, normalised, and which patches of them to see, see ``Batch``."""
+        hidden = hidden_states(self.vision, pixels, patches, weights)
+        marks = self.marks(hidden[MIDDLE][:, 1:])
+        present = self.presence(self.vision.get_submodule("post_layernorm")(hidden[-1][:, 0]))
+        return Sight(self.words(hidden[-1][:, 1:]), present, marks, hidden)
 
 
-def vision_config() -> CLIPVisionConfig:
-    return CLIPVisionConfig(
-        hidden_size=256, intermediate_size=1024, num_hidden_layers=5, num_attention_heads=4,
-        image_size=SIDE, patch_size=SIDE // GRID, hidden_act="gelu",
-    )  # fmt: skip
+def hidden_states(vision: CLIPVisionModel, pixels: Tensor, patches: Tensor, weights: Tensor) -> tuple[Tensor, ...]:
+    """What ``vision`` makes of some patches of pictures, layer by layer, ``(B, 1 + M, D)`` each, [CLS] first.
+
+    A patch of weight w is attended to as w such patches would be, so a few can stand for many alike.
+
+    Args:
+        pixels: ``(B, 3, SIDE, SIDE)``, normalised.
+        patches, weights: see ``Batch``.
+    """
+    layers: Any = vision
+    states = layers.pre_layrnorm(layers.embeddings(pixels))
+    chosen = states[:, 1:].gather(1, patches[..., None].expand(-1, -1, states.shape[-1]))
+    hidden = [torch.cat([states[:, :1], chosen], 1)]
+    bias = nn.functional.pad(weights, (1, 0), value=1.0).log().to(states.dtype)
+    mask = bias[:, None, None].expand(-1, 1, bias.shape[1], -1)
+    for layer in layers.encoder.layers:
+        hidden.append(layer(hidden[-1], mask))
+    return tuple(hidden)
 
 
 def sincos_positions(grid: int, width: int) -> Tensor:
@@ -117,7 +121,7 @@ def sincos_positions(grid: int, width: int) -> Tensor:
     return torch.cat([rows, columns], 1) * 0.3
 
 
-def word_loss(units: Tensor, labels: Tensor, weights: list[float]) -> Tensor:
+def word_loss(units: Tensor, labels: Tensor, patch_weights: Tensor, slot_weights: list[float]) -> Tensor:
     """Cross-entropy a slot over its words and an implicit "none" at ``NONE_LOGIT``, plus the margins.
 
     Things and background weigh the same however much of the picture they cover.
@@ -125,34 +129,35 @@ def word_loss(units: Tensor, labels: Tensor, weights: list[float]) -> Tensor:
     Args:
         units: pre-activations ``(P, UNITS)`` float.
         labels: ``(slots, P)`` int64, 0 = none, ``IGNORE`` = no opinion.
+        patch_weights: ``(P,)``, how many patches each stands for.
     """
     none = units.new_full((len(units), 1), NONE_LOGIT)
     total = units.new_zeros(())
-    for weight, block, label in zip(weights, units.split([len(s.words) for s in SLOTS], 1), labels, strict=True):
+    for weight, block, label in zip(slot_weights, units.split([len(s.words) for s in SLOTS], 1), labels, strict=True):
         logits = torch.cat([none, block], 1)
         loss = nn.functional.cross_entropy(SHARPNESS * logits, label, ignore_index=IGNORE, reduction="none")
         right = nn.functional.one_hot(label.clamp(min=0), logits.shape[1])[:, 1:].bool()
-        margin = torch.where(right, (block - 1) ** 2, (block + 3).clamp(min=0) ** 2).sum(1)
-        total = total + weight * (loss + 0.02 * margin * (label != IGNORE)).sum() / (label > 0).sum().clamp(min=1)
-    return total / sum(weights)
+        margin = torch.where(right, (block - LOUDNESS) ** 2, (block + 3).clamp(min=0) ** 2).sum(1)
+        wrong = (loss + 0.02 * margin * (label != IGNORE)) @ patch_weights
+        total = total + weight * wrong / (label > 0).sum().clamp(min=1)
+    return total / sum(slot_weights)
 
 
-def mark_loss(marks: Tensor, glyphs: Tensor, kinds: Tensor, centres: Tensor) -> Tensor:
-    """Cross-entropy of the glyphs, the kinds and the things' centres on patches.
+def mark_loss(marks: Tensor, glyphs: Tensor, kinds: Tensor, areas: Tensor) -> Tensor:
+    """Cross-entropy of the glyphs and the kinds on patches, and squared error of the logarithms of areas.
 
     Args:
         marks: see ``Sight``.
-        glyphs: int64 ``(B, N)``.
-        kinds: int64 ``(B, N)``, see ``Batch.kinds``.
-        centres: bool ``(B, N)``.
+        glyphs: int64 ``(B, M)``.
+        kinds: int64 ``(B, M)``, see ``Batch.kinds``.
+        areas: ``(B, M)``, see ``Batch.areas``.
     """
-    glyph, kind, centre = marks.float().flatten(0, 1).split([GLYPHS, len(KINDS), 1], 1)
-    rare = marks.new_tensor(20.0)
+    glyph, kind, area = marks.float().flatten(0, 1).split([GLYPHS, len(KINDS), 1], 1)
     glyph_loss = nn.functional.cross_entropy(glyph, glyphs.flatten(), ignore_index=IGNORE)
     kind_loss = nn.functional.cross_entropy(kind, kinds.flatten(), ignore_index=BACKGROUND)
-    wanted = centres.flatten().float()
-    centre_loss = nn.functional.binary_cross_entropy_with_logits(centre[:, 0], wanted, pos_weight=rare)
-    return glyph_loss + 0.5 * kind_loss + 0.25 * centre_loss
+    of_thing = areas.flatten() > 0
+    area_loss = nn.functional.mse_loss(area[of_thing, 0], areas.flatten()[of_thing].log())
+    return glyph_loss + 0.5 * kind_loss + 0.5 * area_loss
 
 
 @torch.no_grad()
@@ -173,88 +178,24 @@ def word_accuracy(units: Tensor, labels: Tensor) -> dict[str, float]:
     return scores
 
 
-class Batch(NamedTuple):
-    """Pictures and all that they are known to show, by picture and patch.
-
-    Attributes:
-        pixels: uint8 ``(B, SIDE, SIDE, 3)``.
-        labels: int64 ``(slots, B, N)``, see ``patch_labels``.
-        owners, neighbours: see ``tower_looking_loss``.
-        glyphs: int64 ``(B, N)``, see ``glyph_labels``.
-        centres: bool ``(B, N)``, see ``anchors``.
-        presence: float32 ``(B, kinds + colours)``.
-    """
-
-    pixels: Tensor
-    labels: Tensor
-    owners: Tensor
-    neighbours: Tensor
-    glyphs: Tensor
-    centres: Tensor
-    presence: Tensor
-
-    @property
-    def kinds(self) -> Tensor:
-        """Number of the kind of the thing that owns each patch, int64 ``(B, N)``; ``BACKGROUND`` where none does."""
-        return torch.where(self.owners >= 0, self.labels[0] - 1, BACKGROUND)
-
-
-def make_batch(scenes: list[Scene]) -> Batch:
-    owners = [patch_owners(scene) for scene in scenes]
-    arrays = (
-        np.stack([np.asarray(render(scene)) for scene in scenes]),
-        np.stack([patch_labels(scene) for scene in scenes], 1).astype(np.int64),
-        np.stack(owners),
-        np.stack([patch_neighbours(scene, own) for scene, own in zip(scenes, owners, strict=True)]),
-        np.stack([glyph_labels(scene) for scene in scenes]).astype(np.int64),
-        np.stack([anchors(scene) for scene in scenes]),
-        np.stack([presence(scene) for scene in scenes]),
-    )
-    return Batch(*(torch.from_numpy(array) for array in arrays))
-
-
-NUMBERED = SceneSettings(card_share=1.0, number_share=1.0)
-"""Every second training picture of the tower: digits are what takes it longest to read."""
-
-
-class Batches(Dataset[Batch]):
-    """Batch ``step`` of freshly drawn training scenes."""
-
-    def __init__(self, batch_size: int, first: int, last: int) -> None:
-        self.batch_size, self.first, self.last = batch_size, first, last
-
-    def __len__(self) -> int:
-        return self.last - self.first
-
-    def __getitem__(self, index: int) -> Batch:
-        start = (self.first + index) * self.batch_size
-        numbers = range(start, start + self.batch_size)
-        return make_batch([make_scene("train", i, NUMBERED if i % 2 else STANDARD) for i in numbers])
-
-
-def normalise(pixels: Tensor) -> Tensor:
-    """uint8 ``(B, H, W, 3)`` to float ``(B, 3, H, W)`` in [-1, 1], as the shipped image processor does."""
-    return pixels.permute(0, 3, 1, 2).float() / 127.5 - 1
-
-
 def tower_losses(sight: Sight, vision: CLIPVisionModel, batch: Batch, weights: list[float]) -> dict[str, Tensor]:
     """What the tower is taught, by name; their sum is its loss.
 
     Args:
         weights: of the slots.
     """
-    looked = tower_looking_loss(vision, sight.hidden, batch.owners, batch.neighbours, batch.kinds)
+    units, labels = sight.units.float().flatten(0, 1), batch.labels.flatten(1)
     return {
-        "words": word_loss(sight.units.float().flatten(0, 1), batch.labels.flatten(1), weights),
+        "words": word_loss(units, labels, batch.weights.flatten(), weights),
         "presence": nn.functional.binary_cross_entropy_with_logits(sight.presence.float(), batch.presence),
-        "marks": 2 * mark_loss(sight.marks, batch.glyphs, batch.kinds, batch.centres),
-        "looking": 2 * looked,
+        "marks": 2 * mark_loss(sight.marks, batch.glyphs, batch.kinds, batch.areas),
+        "looking": tower_looking_loss(vision, sight.hidden, batch),
     }
 
 
 def shipped_tower(delta: Path) -> Tower:
     """The tower of a file of differences, with fresh read-outs of presence and marks."""
-    tower, tensors = Tower(), load_file(delta)
+    tower, tensors = Tower(), unrounded(load_file(delta))
     tower.vision.load_state_dict(with_prefix(tensors, "model.vision_tower."))
     words = with_prefix(tensors, "model.multi_modal_projector.linear_1.")
     tower.words.load_state_dict({name: tensor[:UNITS] for name, tensor in words.items()})
@@ -292,7 +233,7 @@ def train_tower(run: Path, config: TowerConfig, delta: Path | None = None) -> It
         context = step >= config.context_from or delta is not None
         weights = [slot.weight * (context or not slot.context) for slot in SLOTS]
         with mixed_precision():
-            sight = see(normalise(batch.pixels))
+            sight = see(normalise(batch.pixels), batch.patches, batch.weights)
             losses = tower_losses(sight, tower.vision, batch, weights)
             if not context:
                 del losses["looking"]

@@ -64,8 +64,8 @@ class Looking:
 
 COUNT = "count"
 TOWER_LOOKS = {
-    5: {1: "nearest", 2: "left of", 3: "right of"},
-    6: {0: "above", 1: "below", 2: COUNT},
+    3: {1: "nearest", 2: "left of", 3: "right of"},
+    4: {0: "above", 1: "below", 2: COUNT},
 }
 """What each taught head of the tower looks for, by layer and head; the others stay free."""
 

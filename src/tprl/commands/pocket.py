@@ -50,7 +50,7 @@ def pack(run: Path, *, out: Path = DELTA) -> None:
     base, tokenizer = load_base()
     llava = new_llava(base, image_token_id(tokenizer))
     tensors, _ = load_checkpoint(run / JOINT)
-    llava.load_state_dict(with_prefix(tensors, "model.llava."), strict=False)
+    llava.load_state_dict(with_prefix(tensors, "model."), strict=False)
     out.parent.mkdir(parents=True, exist_ok=True)
     save_delta(to_delta(llava, load_base()[0]), out)
     print(f"wrote {out}, {out.stat().st_size / 1e6:.1f} MB")

@@ -1,8 +1,8 @@
-"""Stage three of pocket-llava: tower, projector and language model learn together, on real pictures.
+"""Stage three of pocket-llava: projector and language model learn on real pictures, seen by a frozen tower.
 
 The projector starts as what stages one and two agreed on: the tower's read-out of words, and the words' embeddings.
-All losses of the first two stages go on beside the answers', so that neither side forgets. Every one of the 576
-visual tokens is always shown.
+What both stages taught them goes on beside the answers, so that neither side forgets. The tower learns
+much faster by itself, and is as frozen here as that of a LLaVA. Every one of the 576 visual tokens is always shown.
 """
 
 import time
@@ -10,11 +10,12 @@ from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from safetensors.torch import load_file
-from torch import Tensor, nn
+from torch import nn
 from transformers import LlavaForConditionalGeneration
 
 from tprl.checkpoint import load_checkpoint, load_optimizer, optimizer_tensors, prefixed, save_checkpoint, with_prefix
@@ -26,28 +27,18 @@ from tprl.pocket.labels import GRID, SLOTS, UNITS
 from tprl.pocket.language import LANGUAGE, answer_loss, competing
 from tprl.pocket.looking import Looking, relevant_patches
 from tprl.pocket.model import add_delta, new_llava
-from tprl.pocket.pictures import Batch, Batches, make_batch, normalise
+from tprl.pocket.pictures import Batches, make_batch, normalise
 from tprl.pocket.precision import fastest_attention, mixed_precision
 from tprl.pocket.questions import DESCRIBE, Tokens, draw_questions
-from tprl.pocket.tower import (
-    MIDDLE,
-    TOWER,
-    Sight,
-    Tower,
-    TowerConfig,
-    hidden_states,
-    schedule,
-    tower_losses,
-    word_accuracy,
-)
+from tprl.pocket.tower import TOWER, Tower, TowerConfig, schedule, word_accuracy, word_loss
 from tprl.pocket.words import blank_word, word_columns
 
 JOINT = "joint.safetensors"
 RENEWAL_BATCHES = 2
 """Batches of pictures that the projector is fitted on, 576 patches each, for 257 numbers a unit."""
 FAMILY_WEIGHTS = dict.fromkeys((*FAMILIES, DESCRIBE), 1.0) | {
-    "existence": 0.8, "attribute": 0.7, "position": 0.5, "grounding": 0.5,
-    "reading": 1.5, "nearest": 1.5, "relation": 1.5,
+    "existence": 0.6, "attribute": 0.8, "reverse": 0.8, "position": 0.4, "grounding": 0.5,
+    "counting": 1.5, "reading": 2.0, "nearest": 1.5, "relation": 2.0, DESCRIBE: 2.0,
 }  # fmt: skip
 
 
@@ -56,38 +47,16 @@ class JointConfig:
     """How the whole is trained; all randomness follows from ``seed`` and the step."""
 
     steps: int = 700
-    pictures: int = 6
-    questions: int = 20
+    pictures: int = 5
+    questions: int = 26
     language_rate: float = 4e-4
-    tower_rate: float = 3e-4
+    projector_rate: float = 2e-4
     warmup_steps: int = 30
     seed: int = 0
     save_every: int = 50
 
 
-class Pocket(nn.Module):
-    """The model and the read-outs that only its training needs.
-
-    Args:
-        llava: see ``new_llava``.
-        tower: gives the read-outs of presence and marks.
-    """
-
-    def __init__(self, llava: LlavaForConditionalGeneration, tower: Tower) -> None:
-        super().__init__()
-        self.llava, self.presence, self.marks = llava, tower.presence, tower.marks
-
-    def see(self, batch: Batch) -> tuple[Tensor, Sight]:
-        """Pictures, all of whose patches are shown, to visual tokens ``(B, N, D)`` and what the tower made of them."""
-        vision, projector = self.llava.model.vision_tower, self.llava.model.multi_modal_projector
-        hidden = hidden_states(vision, normalise(batch.pixels), batch.patches, batch.weights)
-        units = projector.linear_1(hidden[-1][:, 1:])
-        present = self.presence(vision.post_layernorm(hidden[-1][:, 0]))
-        sight = Sight(units[..., :UNITS], present, self.marks(hidden[MIDDLE][:, 1:]), hidden)
-        return projector.linear_2(projector.act(units)), sight
-
-
-def start(run: Path) -> tuple[Pocket, Tokens]:
+def start(run: Path) -> tuple[LlavaForConditionalGeneration, Tokens]:
     """The model as stages one and two in ``run`` left its parts."""
     base, tokenizer = load_base()
     language, _ = load_checkpoint(run / LANGUAGE)
@@ -103,19 +72,19 @@ def start(run: Path) -> tuple[Pocket, Tokens]:
         projector.linear_1.bias.zero_()[:UNITS] = tower.words.bias
         projector.linear_2.weight.zero_()[:, :UNITS] = word_columns(embeddings, tokenizer)
         projector.linear_2.bias.copy_(blank_word(embeddings, tokenizer))
-    return Pocket(llava, tower), Tokens(tokenizer)
+    return llava, Tokens(tokenizer)
 
 
-def start_from(delta: Path, run: Path) -> tuple[Pocket, Tokens]:
-    """The model of a file of differences, with the tower that ``run`` holds, if any; its read-outs of presence and
-    marks are fresh where it does not."""
+def start_from(delta: Path, run: Path) -> tuple[LlavaForConditionalGeneration, Tokens]:
+    """The model of a file of differences, with the tower that ``run`` holds, if any."""
     base, tokenizer = load_base()
-    llava, tower = new_llava(base, image_token_id(tokenizer)), Tower()
+    llava = new_llava(base, image_token_id(tokenizer))
     add_delta(llava, load_file(delta))
     if (run / TOWER).exists():
+        tower = Tower()
         tower.load_state_dict(with_prefix(load_checkpoint(run / TOWER)[0], "model."))
         renew_tower(llava, tower)
-    return Pocket(llava, tower), Tokens(tokenizer)
+    return llava, Tokens(tokenizer)
 
 
 @torch.no_grad()
@@ -148,20 +117,23 @@ def train_joint(run: Path, config: JointConfig, delta: Path | None = None) -> It
             left.
     """
     torch.manual_seed(config.seed)
-    pocket, tokens = start_from(delta, run) if delta else start(run)
-    pocket.llava.model.vision_tower.set_attn_implementation(fastest_attention())
-    language, head = pocket.llava.model.language_model, pocket.llava.lm_head
+    llava, tokens = start_from(delta, run) if delta else start(run)
+    vision, projector = llava.model.vision_tower, llava.model.multi_modal_projector
+    language = llava.model.language_model
+    vision.set_attn_implementation(fastest_attention())
+    vision.requires_grad_(False)
     language.get_input_embeddings().weight.requires_grad_(False)
     looking = Looking(language)
-    own = {name: p for name, p in pocket.named_parameters() if p.requires_grad}
-    of_language = [p for name, p in own.items() if ".language_model." in name]
-    of_tower = [p for name, p in own.items() if ".language_model." not in name]
-    groups = [{"params": of_language, "rate": config.language_rate}, {"params": of_tower, "rate": config.tower_rate}]
+    own = [p for p in llava.parameters() if p.requires_grad]
+    groups: list[dict[str, Any]] = [
+        {"params": [p for p in language.parameters() if p.requires_grad], "rate": config.language_rate},
+        {"params": list(projector.parameters()), "rate": config.projector_rate},
+    ]
     optimizer = torch.optim.AdamW(groups, lr=0.0, betas=(0.9, 0.95), weight_decay=0.0)
     path, first = run / JOINT, 0
     if path.exists():
         tensors, meta = load_checkpoint(path)
-        pocket.load_state_dict(with_prefix(tensors, "model."), strict=False)
+        llava.load_state_dict(with_prefix(tensors, "model."), strict=False)
         load_optimizer(optimizer, tensors)
         first = meta["step"]
     prefix = tokens.prefix(config.pictures, GRID**2)
@@ -174,22 +146,26 @@ def train_joint(run: Path, config: JointConfig, delta: Path | None = None) -> It
         batch = make_batch(scenes)
         asked = [draw_questions(scene, tokens, rng, config.questions, FAMILY_WEIGHTS) for scene in scenes]
         packed = pack(prefix, everything, [questions.blocks for questions in asked])
-        vocabulary = competing(packed, tokens.answer_words, head.out_features, rng)
+        vocabulary = competing(packed, tokens.answer_words, llava.lm_head.out_features, rng)
         for group in optimizer.param_groups:
             group["lr"] = group["rate"] * schedule(step, config.warmup_steps, config.steps)
         with mixed_precision():
-            visual, sight = pocket.see(batch)
-            answered, right = answer_loss(language, head, visual, packed, vocabulary)
+            units = projector.linear_1(vision(normalise(batch.pixels)).last_hidden_state[:, 1:])
+            visual = projector.linear_2(projector.act(units))
+            answered, right = answer_loss(language, llava.lm_head, visual, packed, vocabulary)
             looked = looking.loss(packed, *relevant_patches(asked, batch.labels))
-            seen_right = tower_losses(sight, pocket.llava.model.vision_tower, batch, [slot.weight for slot in SLOTS])
+        units = units[..., :UNITS].float()
+        words = word_loss(
+            units.flatten(0, 1), batch.labels.flatten(1), batch.weights.flatten(), [slot.weight for slot in SLOTS]
+        )
         optimizer.zero_grad()
-        (answered + 0.3 * looked + 0.5 * sum(seen_right.values())).backward()
-        if not torch.isfinite(nn.utils.clip_grad_norm_(own.values(), 1.0)):
+        (answered + 0.3 * looked + 0.5 * words).backward()
+        if not torch.isfinite(nn.utils.clip_grad_norm_(own, 1.0)):
             raise RuntimeError(f"the gradient is not finite at step {step}")
         optimizer.step()
-        for name, loss in {"loss": answered, "look": looked, **seen_right}.items():
+        for name, loss in {"loss": answered, "look": looked, "words": words}.items():
             seen[name].append(loss.item())
-        for name, share in word_accuracy(sight.units, batch.labels).items():
+        for name, share in word_accuracy(units, batch.labels).items():
             seen["see " + name].append(share)
         for family, hit in zip([f for questions in asked for f in questions.families], right.tolist(), strict=True):
             seen[family].append(hit)
@@ -201,5 +177,6 @@ def train_joint(run: Path, config: JointConfig, delta: Path | None = None) -> It
             seen.clear()
             clock = time.perf_counter()
         if (step + 1) % config.save_every == 0 or step + 1 == config.steps:
-            state = prefixed(((n, p) for n, p in pocket.named_parameters() if p.requires_grad), "model.")
+            unlike_base = ((name, p) for name, p in llava.named_parameters() if "embed_tokens" not in name)
+            state = prefixed(unlike_base, "model.")
             save_checkpoint(path, state | optimizer_tensors(optimizer), {"step": step + 1})

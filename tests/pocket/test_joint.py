@@ -1,19 +1,35 @@
-"""A tower that learned on by itself, put back into the model."""
+"""Stage three: a tower that learned on by itself is put back, frozen, and what is learned behind it is shipped."""
 
+from collections.abc import Iterator
 from pathlib import Path
 
+import pytest
 import torch
 from safetensors.torch import load_file
 from torch import nn
 
-from tprl.checkpoint import prefixed, save_checkpoint, with_prefix
+from tprl.checkpoint import load_checkpoint, prefixed, save_checkpoint, with_prefix
+from tprl.commands.pocket import pack
 from tprl.pocket.assemble import DELTA
-from tprl.pocket.joint import start_from
+from tprl.pocket.base import load_base
+from tprl.pocket.joint import JOINT, JointConfig, load_weights, start_from, train_joint
 from tprl.pocket.labels import UNITS
 from tprl.pocket.model import unrounded
-from tprl.pocket.tower import TOWER, Batches, normalise, shipped_tower
+from tprl.pocket.pictures import Batches, normalise
+from tprl.pocket.tower import TOWER, shipped_tower
 
+pytestmark = pytest.mark.usefixtures("base")
 PROJECTOR = "model.multi_modal_projector.linear_1."
+
+
+@pytest.fixture(scope="module")
+def base() -> Iterator[None]:
+    """The base model is read from its package once."""
+    loaded = load_base()
+    with pytest.MonkeyPatch.context() as patched:
+        for module in ("tprl.pocket.joint", "tprl.commands.pocket"):
+            patched.setattr(f"{module}.load_base", lambda: loaded)
+        yield
 
 
 @torch.no_grad()
@@ -36,3 +52,25 @@ def test_the_projector_goes_on_to_say_what_it_said(tmp_path: Path) -> None:
     known = nn.functional.linear(before, old["weight"], old["bias"])[..., UNITS:]
     stale = nn.functional.linear(after, old["weight"], old["bias"])[..., UNITS:]
     assert (fitted(after)[..., UNITS:] - known).std() < 0.25 * (stale - known).std()
+
+
+def test_the_tower_stays_and_what_learned_is_packed_whole(tmp_path: Path) -> None:
+    settings = JointConfig(steps=1, pictures=1, questions=3, warmup_steps=1)
+    list(train_joint(tmp_path, settings, DELTA))
+    pack(tmp_path, out=tmp_path / "packed.safetensors")
+    before, after = unrounded(load_file(DELTA)), unrounded(load_file(tmp_path / "packed.safetensors"))
+    assert before.keys() == after.keys()
+    for name, weight in before.items():
+        changed = (after[name] - weight).abs().max().item()
+        if "vision_tower" in name:
+            assert changed <= weight.abs().max() / 250, name
+        elif name.endswith(("q_proj.weight", "linear_1.weight", "linear_2.weight")):
+            assert changed > 0, name
+
+    tensors, _ = load_checkpoint(tmp_path / JOINT)
+    llava, _ = start_from(DELTA, tmp_path)
+    load_weights(llava, tensors)
+    some = dict(list(with_prefix(tensors, "model.").items())[1:])
+    for wrong in (prefixed(some.items(), "model."), prefixed(with_prefix(tensors, "model.").items(), "model.llava.")):
+        with pytest.raises(ValueError, match="no checkpoint of the whole model"):
+            load_weights(llava, wrong)

@@ -5,9 +5,9 @@ import pytest
 import torch
 
 from tprl.data.scenes.scene import KINDS, STANDARD, make_scene
-from tprl.pocket.labels import BACKGROUND, GLYPHS, GRID, IGNORE, SLOTS, patch_owners
+from tprl.pocket.labels import BACKGROUND, GLYPHS, GRID, IGNORE, SLOTS, UNITS, patch_owners
 from tprl.pocket.pictures import GROUND, NUMBERED, Batches, make_batch, normalise
-from tprl.pocket.tower import Tower, mark_loss
+from tprl.pocket.tower import Tower, mark_loss, word_loss
 
 TENS = [slot.name for slot in SLOTS].index("tens")
 
@@ -68,6 +68,30 @@ def test_marks_are_taught_glyphs_kinds_and_areas_patch_by_patch() -> None:
     assert (batch.kinds == BACKGROUND).any()
     other = mark_loss(marks, batch.glyphs, batch.kinds.roll(1, 1), batch.areas)
     assert abs(other.item() - found.item()) > 1e-3
+
+
+def test_words_are_taught_patch_by_patch_for_all_that_each_stands_for() -> None:
+    batch = make_batch([make_scene("train", index) for index in (5, 6)], np.random.default_rng(0))
+    units = 3 * torch.randn(*batch.patches.shape, UNITS, generator=torch.Generator().manual_seed(0))
+    slot_weights = [slot.weight for slot in SLOTS]
+    total, first = 0.0, 0
+    for slot, weight, labels in zip(SLOTS, slot_weights, batch.labels, strict=True):
+        loss, applies = 0.0, 0
+        for b, patch in np.ndindex(*labels.shape):
+            label, words = int(labels[b, patch]), units[b, patch, first : first + len(slot.words)].double()
+            applies += label > 0
+            if label == IGNORE:
+                continue
+            of_patch = -torch.cat([torch.tensor([-3.0]), 3 * words]).log_softmax(0)[label]
+            for number, heard in enumerate(words, 1):
+                of_patch += 0.02 * ((heard - 2.5) ** 2 if number == label else (heard + 3).clamp(min=0) ** 2)
+            loss += float(batch.weights[b, patch] * of_patch)
+        total += weight * loss / max(1, applies)
+        first += len(slot.words)
+    found = word_loss(units, batch.labels, batch.weights, slot_weights).item()
+    assert found == pytest.approx(total / sum(slot_weights), rel=1e-4)
+    unweighted = word_loss(units, batch.labels, torch.ones_like(batch.weights), slot_weights).item()
+    assert abs(unweighted - found) > 1e-2 * found
 
 
 @torch.no_grad()

@@ -4,10 +4,10 @@ import json
 from collections.abc import Iterator
 from pathlib import Path
 
-from tprl.checkpoint import load_checkpoint, with_prefix
+from tprl.checkpoint import load_checkpoint
 from tprl.pocket.assemble import DELTA, pocket_llava, save_delta
 from tprl.pocket.base import image_token_id, load_base
-from tprl.pocket.joint import JOINT, JointConfig, train_joint
+from tprl.pocket.joint import JOINT, JointConfig, load_weights, train_joint
 from tprl.pocket.language import LanguageConfig, train_language
 from tprl.pocket.model import new_llava, to_delta
 from tprl.pocket.tower import TowerConfig, train_tower
@@ -50,9 +50,9 @@ def pack(run: Path, *, out: Path = DELTA) -> None:
     base, tokenizer = load_base()
     llava = new_llava(base, image_token_id(tokenizer))
     tensors, _ = load_checkpoint(run / JOINT)
-    llava.load_state_dict(with_prefix(tensors, "model."), strict=False)
+    load_weights(llava, tensors)
     out.parent.mkdir(parents=True, exist_ok=True)
-    save_delta(to_delta(llava, load_base()[0]), out)
+    save_delta(to_delta(llava, base), out)
     print(f"wrote {out}, {out.stat().st_size / 1e6:.1f} MB")
 
 

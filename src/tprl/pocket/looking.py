@@ -64,10 +64,10 @@ class Looking:
 
 COUNT = "count"
 TOWER_LOOKS = {
-    3: {1: "nearest", 2: "left of", 3: "right of"},
-    4: {0: "above", 1: "below", 2: COUNT},
+    3: {0: "nearest", 2: "left of", 3: "above"},
+    4: {0: "right of", 1: COUNT, 2: "below"},
 }
-"""What each taught head of the tower looks for, by layer and head; the others stay free."""
+"""What each taught head of the tower looks for, by layer and head, up to the last layer; the others stay free."""
 
 
 def tower_looking_loss(vision: CLIPVisionModel, hidden: tuple[Tensor, ...], batch: Batch) -> Tensor:
@@ -85,9 +85,10 @@ def tower_looking_loss(vision: CLIPVisionModel, hidden: tuple[Tensor, ...], batc
     things, of_thing = batch.things, batch.owners >= 0
     kinds_of_things = (things * batch.kinds[..., None]).amax(1)
     alike = (kinds_of_things[:, None] == batch.kinds[..., None]).float() * (things.sum(1) > 0)[:, None]
+    layers: Any = vision.get_submodule("encoder.layers")
     losses: list[Tensor] = []
     for number, heads in TOWER_LOOKS.items():
-        layer: Any = vision.get_submodule(f"encoder.layers.{number}")
+        layer = layers[number]
         states, size = layer.layer_norm1(hidden[number]), layer.self_attn.head_dim
         # Apart, since the gradient of a slice is as large as what it was cut from.
         queries = layer.self_attn.q_proj(states).float().unflatten(-1, (-1, size)).unbind(2)
@@ -104,12 +105,12 @@ def tower_looking_loss(vision: CLIPVisionModel, hidden: tuple[Tensor, ...], batc
                 neighbour = batch.neighbours[picture, LOOKUPS.index(looked_for), patch]
                 there = batch.owners[picture] == neighbour[:, None]
                 losses.append(-logs[picture, patch, 1:].masked_fill(~there, -torch.inf).logsumexp(-1).mean())
-    # What is left of the loop is the last layer, whose attention from [CLS] is what some pruners choose by.
-    for query, key in zip(queries, keys, strict=True):
-        logs = ((query[:, :1] @ key.mT) * layer.self_attn.scale + bias).log_softmax(-1)[..., 1:]
-        on_things = (logs.exp() @ things)[:, 0]
-        losses.append(-on_things[things.sum(1) > 0].log().mean() / len(queries))
-    return torch.stack(losses).sum() / (len(losses) - len(queries) + 1)
+        if layer is layers[-1]:  # whose [CLS] is what some pruners choose by
+            scores = torch.stack([q[:, 0, None] @ k.mT for q, k in zip(queries, keys, strict=True)])
+            attention = (scores * layer.self_attn.scale + bias).softmax(-1)
+            on_things = (attention[..., 1:] @ things)[:, :, 0]
+            losses.append(-on_things[:, things.sum(1) > 0].log().mean())
+    return torch.stack(losses).mean()
 
 
 def relevant_patches(asked: list[Questions], labels: Tensor) -> tuple[Tensor, Tensor]:

@@ -22,8 +22,7 @@ from tprl.pocket.labels import (
 )
 
 GROUND = 48
-"""Patches besides those of things that the tower is shown of a training picture; each stands for about nine. All of
-them would take three and a half times as long."""
+"""Patches besides those of things that the tower is shown of a training picture, for all the others."""
 NUMBERED = SceneSettings(card_share=1.0, number_share=1.0)
 """Every second training picture of the tower: digits are what takes it longest to read."""
 

@@ -1,10 +1,10 @@
 """Stage one of pocket-llava: the vision tower and the projector's words.
 
 The tower (a CLIP vision transformer, random at first) is taught what every patch shows (see ``labels``), read off
-by the first rows of the projector's first layer. Pre-activations are pushed to +1 for the right word and below -3
-for the others, so that after the GELU one unit a slot stands and the projector's second layer, whose columns start
-as word embeddings, turns a patch into the words that it shows. [CLS] is taught which kinds and colours are present,
-so its attention means what it means in CLIP: where the things are.
+by the first rows of the projector's first layer. Pre-activations are pushed to ``LOUDNESS`` for the right word and
+below -3 for the others, so that after the GELU one unit a slot stands and the projector's second layer, whose columns
+start as word embeddings, turns a patch into the words that it shows. [CLS] is taught which kinds and colours are
+present, so its attention means what it means in CLIP: where the things are.
 """
 
 import time
@@ -28,15 +28,13 @@ from tprl.pocket.looking import tower_looking_loss
 from tprl.pocket.model import unrounded, vision_config
 from tprl.pocket.pictures import Batch, Batches, normalise
 from tprl.pocket.precision import compiled_if_mixed, fastest_attention, mixed_precision
+from tprl.pocket.words import LOUDNESS
 
 TOWER = "tower.safetensors"
 MIDDLE = 3
 """After how many layers kinds, glyphs and areas are to be known: look-ups need the layers above."""
 NONE_LOGIT = -1.0
 SHARPNESS = 3.0
-LOUDNESS = 2.5
-"""Pre-activation of the right word. Louder words are heard better: at 1 the language model, which learned from words
-of about 2.5, overhears most."""
 
 
 @dataclass(frozen=True)
@@ -124,13 +122,14 @@ def sincos_positions(grid: int, width: int) -> Tensor:
 def word_loss(units: Tensor, labels: Tensor, patch_weights: Tensor, slot_weights: list[float]) -> Tensor:
     """Cross-entropy a slot over its words and an implicit "none" at ``NONE_LOGIT``, plus the margins.
 
-    Things and background weigh the same however much of the picture they cover.
+    A slot's loss is a sum over patches by how many it applies to.
 
     Args:
-        units: pre-activations ``(P, UNITS)`` float.
-        labels: ``(slots, P)`` int64, 0 = none, ``IGNORE`` = no opinion.
-        patch_weights: ``(P,)``, how many patches each stands for.
+        units: pre-activations ``(B, M, UNITS)``.
+        labels: int64 ``(slots, B, M)``, 0 = none, ``IGNORE`` = no opinion.
+        patch_weights: ``(B, M)``, how many patches each stands for.
     """
+    units, labels, patch_weights = units.float().flatten(0, 1), labels.flatten(1), patch_weights.flatten()
     none = units.new_full((len(units), 1), NONE_LOGIT)
     total = units.new_zeros(())
     for weight, block, label in zip(slot_weights, units.split([len(s.words) for s in SLOTS], 1), labels, strict=True):
@@ -184,9 +183,8 @@ def tower_losses(sight: Sight, vision: CLIPVisionModel, batch: Batch, weights: l
     Args:
         weights: of the slots.
     """
-    units, labels = sight.units.float().flatten(0, 1), batch.labels.flatten(1)
     return {
-        "words": word_loss(units, labels, batch.weights.flatten(), weights),
+        "words": word_loss(sight.units, batch.labels, batch.weights, weights),
         "presence": nn.functional.binary_cross_entropy_with_logits(sight.presence.float(), batch.presence),
         "marks": 2 * mark_loss(sight.marks, batch.glyphs, batch.kinds, batch.areas),
         "looking": tower_looking_loss(vision, sight.hidden, batch),

@@ -6,6 +6,9 @@ from transformers import PreTrainedTokenizerBase
 
 from tprl.pocket.labels import IGNORE, SLOTS
 
+LOUDNESS = 2.5
+"""Pre-activation of the right word of a slot; those of all others are below -3."""
+
 
 def word_columns(embeddings: Tensor, tokenizer: PreTrainedTokenizerBase, seed: int = 0) -> Tensor:
     """Where the projector's second layer starts: one column ``(D,)`` for every unit of ``SLOTS``, ``(D, UNITS)``.
@@ -32,7 +35,7 @@ def word_columns(embeddings: Tensor, tokenizer: PreTrainedTokenizerBase, seed: i
             signs = torch.randint(0, 2, (width,), generator=generator) * 2.0 - 1
             words = words[:, torch.randperm(width, generator=generator)] * signs
         columns.append(words * slot.gain)
-    return torch.cat(columns).T / nn.functional.gelu(torch.tensor(1.0))
+    return torch.cat(columns).T / nn.functional.gelu(torch.tensor(LOUDNESS))
 
 
 def blank_word(embeddings: Tensor, tokenizer: PreTrainedTokenizerBase) -> Tensor:
@@ -42,8 +45,8 @@ def blank_word(embeddings: Tensor, tokenizer: PreTrainedTokenizerBase) -> Tensor
 
 
 def symbolic_units(labels: Tensor, generator: torch.Generator) -> Tensor:
-    """Units of a perfect tower for patch labels ``(slots, B, N)``: about +1 for the word, below -3 elsewhere;
-    where a label has no opinion a random word (or none) stands, as a tower's guess would."""
+    """Units of a perfect tower for patch labels ``(slots, B, N)``: ``LOUDNESS`` for the word, -3 elsewhere; where
+    a label has no opinion a random word (or none) stands, as a tower's guess would."""
     units = []
     blank = labels[0] == IGNORE
     for slot, label in zip(SLOTS, labels, strict=True):
@@ -51,4 +54,4 @@ def symbolic_units(labels: Tensor, generator: torch.Generator) -> Tensor:
         guess = torch.randint(0, count + 1, label.shape, generator=generator)
         label = torch.where(blank, 0, torch.where(label == IGNORE, guess, label))
         units.append(nn.functional.one_hot(label, count + 1)[..., 1:])
-    return torch.cat(units, -1).float() * 4 - 3
+    return torch.cat(units, -1).float() * (LOUDNESS + 3) - 3

@@ -10,7 +10,7 @@ COUNTS, ASKED, WIDTH = [9, 4, 1], [3, 1, 2], 6
 
 
 def slow_match(tokens: Tensor, words: Tensor) -> Tensor:
-    """``(N, 2)`` of one picture's real tokens and one question's real words."""
+    """``(N, 3)`` of one picture's real tokens and one question's real words."""
     cosines = [[float(torch.cosine_similarity(t, w, dim=0)) for w in words] for t in tokens]
 
     def standard(values: list[float]) -> list[float]:
@@ -20,8 +20,9 @@ def slow_match(tokens: Tensor, words: Tensor) -> Tensor:
 
     nearest = standard([max(row) for row in cosines])
     by_word = [standard([row[word] for row in cosines]) for word in range(len(words))]
-    apart = [max(scores[token] for scores in by_word) for token in range(len(tokens))]
-    return torch.tensor([nearest, apart]).T
+    ranked = [sorted((scores[token] for scores in by_word), reverse=True) for token in range(len(tokens))]
+    second = [scores[1] if len(words) > 1 else 0.0 for scores in ranked]
+    return torch.tensor([nearest, [scores[0] for scores in ranked], second]).T
 
 
 def test_it_is_its_definition() -> None:
@@ -53,7 +54,16 @@ def test_no_question_no_match() -> None:
 def test_a_token_that_shows_what_is_asked_stands_out() -> None:
     visual = visual_tokens([50], [3], 64)
     visual.tokens[0, 7] += 3 * visual.query[0, 1]
-    assert question_match(visual)[0].argmax(0).tolist() == [7, 7]
+    assert question_match(visual)[0, :, :2].argmax(0).tolist() == [7, 7]
+
+
+def test_a_token_that_shows_two_words_stands_out_among_those_that_show_one() -> None:
+    visual = visual_tokens([50], [3], 64)
+    visual.tokens[0, 7] += 3 * visual.query[0, 1]
+    visual.tokens[0, 9] += 3 * visual.query[0, 1] + 3 * visual.query[0, 2]
+    match = question_match(visual)[0, :, 2]
+    assert match.argmax() == 9
+    assert match[7] < match[9] / 2
 
 
 def test_standard_scores_have_mean_0_and_deviation_1() -> None:

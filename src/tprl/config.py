@@ -24,8 +24,8 @@ class PrunerConfig:
     fingerprint: str
     latent: int = 64
     autoencoder_hidden: int = 128
-    policy_hidden: int = 64
-    policy_layers: int = 2
+    policy_hidden: int = 96
+    policy_layers: int = 3
     policy_heads: int = 4
     threshold: float = 0.5
     use_question: bool = True
@@ -34,7 +34,9 @@ class PrunerConfig:
     @classmethod
     def paper(cls, width: int, fingerprint: str) -> "PrunerConfig":
         """The sizes of TPRL, arXiv 2603.13394."""
-        return cls(width, fingerprint, latent=256, autoencoder_hidden=512, policy_hidden=256, policy_heads=8)
+        return cls(
+            width, fingerprint, latent=256, autoencoder_hidden=512, policy_hidden=256, policy_layers=2, policy_heads=8
+        )
 
 
 @dataclass(frozen=True)
@@ -74,12 +76,12 @@ class ImitateStage:
     """
 
     demonstrations: int = 2048
-    teachers: tuple[str, ...] = ("text-attention", "fastervlm", "divprune", "cdpruner")
-    margin: float = 0.1
+    teachers: tuple[str, ...] = ("text-attention", "fastervlm", "divprune")
+    margin: float = 0.2
     budgets: tuple[int, ...] = (128, 48, 16)
     search_rounds: int = 8
     search_children: int = 4
-    epochs: int = 5
+    epochs: int = 6
     batch: int = 32
     learning_rate: float = 1e-3
 
@@ -110,20 +112,20 @@ class PpoStage:
         max_kl: an update epoch is the last where the approximate KL a token exceeds this.
     """
 
-    epochs: int = 40
+    epochs: int = 30
     questions: int = 32
     rollouts: int = 8
     horizon: int = 3
     discount: float = 0.9
     alpha: float = 1.0
-    beta: float = 0.1
+    beta: float = 0.03
     score: str = "log_likelihood"
     baseline: str = "group"
-    gamma: float = 0.99
+    gamma: float = 0.5
     gae_lambda: float = 0.95
     minibatch: int = 64
-    update_epochs: int = 2
-    actor_learning_rate: float = 3e-4
+    update_epochs: int = 3
+    actor_learning_rate: float = 1e-3
     critic_learning_rate: float = 1e-3
     clip_epsilon: float = 0.2
     entropy_coeff: float = 0.0

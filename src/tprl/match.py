@@ -6,26 +6,28 @@ there the policy has to find such matches through latents that were compressed w
 """
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from tprl.selectors.base import units
 from tprl.types import VisualTokens
 
-MATCHES = 2
+MATCHES = 3
 
 
 def question_match(visual: VisualTokens) -> Tensor:
-    """Two standard scores of every visual token within its picture, float32 ``(B, N, MATCHES)``, 0 at padding.
+    """Standard scores of every visual token within its picture, float32 ``(B, N, MATCHES)``, 0 at padding.
 
-    The first is of its greatest cosine to a word of the question; the second is the greatest, over those words, of the
-    standard score of its cosine to the word, so that a word near all tokens hides no other. Both are 0 where there is
-    no question.
+    The first is of its greatest cosine to a word of the question. The others are the greatest and the second greatest,
+    over those words, of the standard score of its cosine to the word, so that a word near all tokens hides no other,
+    and a token that matches two words ("left", "dog") stands out among those that match one. The second greatest is 0
+    where the question has one word, all are where there is none.
     """
     cosines = units(visual.tokens, visual.mask) @ units(visual.query, visual.query_mask).mT
     words, asked = visual.query_mask[:, None], visual.query_mask.any(1)[:, None, None]
     nearest = cosines.masked_fill(~words, -1).amax(2, keepdim=True)
-    apart = standard_scores(cosines, visual.mask).masked_fill(~words, -torch.inf).amax(2, keepdim=True)
-    match = torch.cat([standard_scores(nearest, visual.mask), apart], 2)
+    apart = standard_scores(cosines, visual.mask).masked_fill(~words, -torch.inf)
+    best = nn.functional.pad(apart, (0, 1), value=-torch.inf).topk(2, dim=2).values
+    match = torch.cat([standard_scores(nearest, visual.mask), best.masked_fill(best.isinf(), 0)], 2)
     return match.masked_fill(~(asked & visual.mask[..., None]), 0)
 
 

@@ -9,7 +9,7 @@ RESULTS = {
     "rows": [
         result_row("random", 64, 0.86), result_row("random", 32, 0.81) | {"flops_saved": 0.7},
         result_row("tprl", None, 0.885), result_row("tprl", 64, 0.88), result_row("tprl", 32, 0.83),
-        result_row("peer", 64, 0.89), result_row("peer", 32, 0.825),
+        result_row("peer", 64, 0.89) | {"kept_mean": 300.0}, result_row("peer", 32, 0.825),
     ],
 }  # fmt: skip
 
@@ -17,11 +17,11 @@ RESULTS = {
 def test_methods_stand_by_their_mean_loss_and_the_fewest_points_are_bold() -> None:
     lines = overview_table(RESULTS).splitlines()
     assert lines[0].startswith("m on d/test, 10 questions, seed 3. Unpruned 90.0%, blind 30.0%.")
-    assert lines[2] == "| points lost at | 64 | 32 | FLOPs saved |"
+    assert lines[2] == "| points lost at | 64 | 32 | tokens a layer | FLOPs saved |"
     assert lines[4:7] == [
-        "| peer | **1.0** (0.0 to 2.0) | 7.5 (6.5 to 8.5) | 60% to 60% |",
-        "| tprl | 2.0 (1.0 to 3.0) | **7.0** (6.0 to 8.0) | 60% to 60% |",
-        "| random | 4.0 (3.0 to 5.0) | 9.0 (8.0 to 10.0) | 60% to 70% |",
+        "| peer | **1.0** (0.0 to 2.0) | 7.5 (6.5 to 8.5) | 300 to 32 | 60% to 60% |",
+        "| tprl | 2.0 (1.0 to 3.0) | **7.0** (6.0 to 8.0) | 64 to 32 | 60% to 60% |",
+        "| random | 4.0 (3.0 to 5.0) | 9.0 (8.0 to 10.0) | 64 to 32 | 60% to 70% |",
     ]
 
 
@@ -36,4 +36,4 @@ def test_every_row_stands_by_budget_and_accuracy() -> None:
     assert [line.split("|")[1:3] for line in lines[4:8]] == [
         [" threshold ", " tprl "], [" 64 ", " peer "], [" 64 ", " tprl "], [" 64 ", " random "],
     ]  # fmt: skip
-    assert lines[5] == ("| 64 | peer | 64.0 | **89.0%** | 1.00 (0.00 to 2.00) | 60.0% | 50 ms, 2.00x | 1.5 MiB |")
+    assert lines[5] == ("| 64 | peer | 300.0 | **89.0%** | 1.00 (0.00 to 2.00) | 60.0% | 50 ms, 2.00x | 1.5 MiB |")

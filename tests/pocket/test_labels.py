@@ -3,7 +3,18 @@
 import numpy as np
 
 from tprl.data.scenes.scene import COLOURS, DIRECTIONS, KINDS, SIDE, make_scene
-from tprl.pocket.labels import GLYPHS, GRID, IGNORE, SLOTS, glyph_labels, patch_labels, presence
+from tprl.pocket.labels import (
+    GLYPHS,
+    GRID,
+    IGNORE,
+    SLOTS,
+    TOPIC,
+    TOPICS,
+    glyph_labels,
+    patch_labels,
+    patch_topics,
+    presence,
+)
 
 NAMES = [slot.name for slot in SLOTS]
 PATCH = SIDE // GRID
@@ -24,12 +35,22 @@ def test_patches_know_the_thing_that_covers_them() -> None:
             digits = (0, 0) if number is None else (number // 10 + 1, number % 10 + 1)
             assert (found["tens"], found["ones"]) == digits
             assert found["count"] == scene.counts[thing.kind]
-            for phrase, direction in DIRECTIONS.items():
-                near = scene.nearest(thing, direction)
-                assert found[phrase] == (list(KINDS).index(near.kind) + 1 if near else IGNORE)
+            about = (None, *DIRECTIONS.values())[(column + 2 * row) % 5]
+            near = scene.nearest(thing, about)
+            assert (
+                SLOTS[TOPIC].words[found["topic"] - 1]
+                == ("nearest", *(p.split()[0] for p in DIRECTIONS))[(column + 2 * row) % 5]
+            )
+            assert found["neighbour"] == (list(KINDS).index(near.kind) + 1 if near else IGNORE)
             seen.add(thing.kind)
         kinds = {list(KINDS)[label - 1] for label in labels[0].flatten() if label > 0}
         assert kinds == seen
+
+
+def test_any_three_by_three_patches_speak_of_all_topics() -> None:
+    topics = patch_topics().reshape(GRID, GRID)
+    for row, column in np.ndindex(GRID - 2, GRID - 2):
+        assert set(topics[row : row + 3, column : column + 3].flatten()) == set(range(len(TOPICS)))
 
 
 def test_far_patches_are_background() -> None:

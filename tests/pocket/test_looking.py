@@ -6,10 +6,13 @@ import numpy as np
 import pytest
 import torch
 
+from tprl.data.scenes.questions import FAMILIES
 from tprl.data.scenes.scene import DIRECTIONS, KINDS, Scene, make_scene
-from tprl.pocket.labels import BACKGROUND, GRID, LOOKUPS, patch_labels, patch_neighbours, patch_owners
-from tprl.pocket.looking import COUNT, TOWER_LOOKS, tower_looking_loss
+from tprl.pocket.base import load_base
+from tprl.pocket.labels import BACKGROUND, GRID, patch_labels, patch_neighbours, patch_owners
+from tprl.pocket.looking import ALIKE, TOWER_LOOKS, relevant_patches, tower_looking_loss
 from tprl.pocket.pictures import Batch, make_batch, normalise
+from tprl.pocket.questions import Tokens, draw_questions
 from tprl.pocket.tower import Tower
 
 
@@ -35,11 +38,15 @@ def test_neighbours_are_the_scene_s(scenes: list[Scene]) -> None:
     for scene in scenes:
         owners = patch_owners(scene)
         neighbours = patch_neighbours(scene, owners)
-        assert neighbours.shape == (len(LOOKUPS), GRID**2)
         for patch, owner in enumerate(owners):
-            for row, direction in enumerate((None, *DIRECTIONS.values())):
-                there = scene.nearest(scene.things[owner], direction) if owner >= 0 else None
-                assert neighbours[row, patch] == (scene.things.index(there) if there else -1)
+            there = scene.nearest(scene.things[owner], direction_of(patch)) if owner >= 0 else None
+            assert neighbours[patch] == (scene.things.index(there) if there else -1)
+
+
+def direction_of(patch: int) -> tuple[int, int] | None:
+    """Of the neighbour that a patch speaks of; None is the nearest."""
+    row, column = divmod(patch, GRID)
+    return (None, *DIRECTIONS.values())[(column + 2 * row) % 5]
 
 
 def slow_loss(attentions: Any, scenes: list[Scene]) -> float:
@@ -52,12 +59,13 @@ def slow_loss(attentions: Any, scenes: list[Scene]) -> float:
                 owners = patch_owners(scene)
                 for patch in np.flatnonzero(owners >= 0):
                     thing, attention = scene.things[owners[patch]], attentions[number][b, head, 1 + patch].double()
-                    if looked_for == COUNT:
+                    if looked_for == ALIKE:
                         alike = [n for n, other in enumerate(scene.things) if other.kind == thing.kind]
                         logs = attention[0].log() + sum(attention[on(owners, n)].sum().log() for n in alike)
-                        losses.append(-logs.item() / (1 + len(alike)))
+                        off = attention[0].log().item() + np.log(1 + len(alike))
+                        losses.append(off**2 - logs.item() / (1 + len(alike)))
                         continue
-                    there = scene.nearest(thing, None if looked_for == "nearest" else DIRECTIONS[looked_for])
+                    there = scene.nearest(thing, direction_of(int(patch)))
                     if there:
                         losses.append(-attention[on(owners, scene.things.index(there))].sum().log().item())
             heads.append(np.mean(losses))
@@ -90,7 +98,8 @@ def test_the_loss_is_that_of_the_tower_s_own_attention(scenes: list[Scene], batc
     output = tower.vision(normalise(batch.pixels), output_hidden_states=True, output_attentions=True)
     loss = tower_looking_loss(tower.vision, output.hidden_states, batch)
     assert loss.item() == pytest.approx(slow_loss(output.attentions, scenes), rel=1e-4)
-    other = tower_looking_loss(tower.vision, output.hidden_states, batch._replace(neighbours=batch.neighbours.flip(1)))
+    wrong = torch.where(batch.neighbours >= 0, (batch.neighbours + 1) % 4, -1)
+    other = tower_looking_loss(tower.vision, output.hidden_states, batch._replace(neighbours=wrong))
     assert abs(other.item() - loss.item()) > 1e-2
 
 
@@ -107,8 +116,9 @@ def test_a_patch_that_stands_for_two_is_looked_at_as_two(scenes: list[Scene], ba
         torch.ones(at.shape),
         torch.stack([batch.labels[:, b, at[b]] for b in range(len(scenes))], 1),
         batch.owners.gather(1, at),
-        torch.stack([batch.neighbours[b][:, at[b]] for b in range(len(scenes))]),
+        batch.neighbours.gather(1, at),
         batch.glyphs.gather(1, at),
+        torch.stack([batch.centres[b, at[b]] for b in range(len(scenes))]),
     )
     weights = torch.stack([torch.bincount(patches, minlength=GRID**2) for patches in at]).float()
     losses = []
@@ -136,3 +146,30 @@ def test_it_teaches_the_queries_and_keys_of_the_taught_heads_alone(batch: Batch)
         by_head = gradient.unflatten(0, (4, -1)).abs().sum((1, 2)) > 0
         assert by_head.nonzero()[:, 0].tolist() == (sorted(taught) if number < last else [0, 1, 2, 3])
         assert layer.self_attn.v_proj.weight.grad is None
+
+
+def test_an_answer_stands_where_its_thing_speaks_of_what_is_asked(scenes: list[Scene]) -> None:
+    tokens = Tokens(load_base()[1])
+    rng = np.random.default_rng(0)
+    asked = [draw_questions(scene, tokens, rng, 40, dict.fromkeys(FAMILIES, 1.0)) for scene in scenes]
+    labels = torch.from_numpy(np.stack([patch_labels(scene) for scene in scenes], 1)).long()
+    relevant, has_any = relevant_patches(asked, labels)
+    number, narrowed = 0, 0
+    for scene, questions in zip(scenes, asked, strict=True):
+        owners = patch_owners(scene)
+        for family, subjects in zip(questions.families, questions.subjects, strict=True):
+            named = [
+                n
+                for n, thing in enumerate(scene.things)
+                if thing.kind in subjects or (thing.card and thing.card.colour in subjects)
+            ]
+            wanted = np.isin(owners, named)
+            if family in ("nearest", "relation"):
+                assert set(np.flatnonzero(relevant[number])) < set(np.flatnonzero(wanted))
+                assert len({direction_of(int(p)) for p in np.flatnonzero(relevant[number])}) <= 1
+                narrowed += 1
+            else:
+                assert np.array_equal(relevant[number], wanted)
+            assert has_any[number] == relevant[number].any()
+            number += 1
+    assert narrowed > 2

@@ -58,10 +58,11 @@ def pack(run: Path, *, out: Path = DELTA) -> None:
 
 def _training(name: str, run: Path, seed: int, delta: Path | None) -> Iterator[dict[str, float]]:
     if name == "tower":
-        goes_on = TowerConfig(steps=1000, learning_rate=8e-4, warmup_steps=50, seed=seed)
+        goes_on = TowerConfig(steps=1600, learning_rate=8e-4, warmup_steps=50, seed=seed)
         return train_tower(run, goes_on if delta else TowerConfig(seed=seed), delta)
     if name == "language":
-        return train_language(run, LanguageConfig(seed=seed))
+        goes_on_reading = LanguageConfig(steps=600, learning_rate=4e-4, seed=seed)
+        return train_language(run, goes_on_reading if delta else LanguageConfig(seed=seed), delta)
     return train_joint(run, JointConfig(seed=seed), delta)
 
 

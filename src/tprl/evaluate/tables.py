@@ -57,8 +57,9 @@ def markdown_table(results: dict[str, Any]) -> str:
 
 
 def overview_table(results: dict[str, Any]) -> str:
-    """What was measured, and two tables: the points that each method loses under each budget, fewest in bold, methods
-    by their mean loss; and what TPRL costs."""
+    """What was measured, and two tables: the points that each method loses under each budget, fewest in bold, with the
+    tokens that a layer sees on average and the FLOPs saved at the largest and the smallest budget, methods by their
+    mean loss; and what TPRL costs."""
     rows = results["rows"]
     budgets = sorted({row["budget"] for row in rows if row["budget"] is not None}, reverse=True)
     cells = {(row["method"], row["budget"]): row for row in rows}
@@ -66,14 +67,15 @@ def overview_table(results: dict[str, Any]) -> str:
     lines = [
         _measured(results),
         "",
-        f"| points lost at | {' | '.join(map(str, budgets))} | FLOPs saved |",
-        "|:---|" + "---:|" * (len(budgets) + 1),
+        f"| points lost at | {' | '.join(map(str, budgets))} | tokens a layer | FLOPs saved |",
+        "|:---|" + "---:|" * (len(budgets) + 2),
     ]
     for name in sorted(methods, key=lambda name: sum(cells[name, budget]["drop_points"] for budget in budgets)):
         own = [cells[name, budget] for budget in budgets]
         lost = [_bold_if_best(f"{row['drop_points']:.1f}", row, rows) + " " + _interval(row, 1) for row in own]
+        seen = f"{own[0]['kept_mean']:.0f} to {own[-1]['kept_mean']:.0f}"
         saved = f"{own[0]['flops_saved']:.0%} to {own[-1]['flops_saved']:.0%}"
-        lines.append(f"| {name} | {' | '.join(lost)} | {saved} |")
+        lines.append(f"| {name} | {' | '.join(lost)} | {seen} | {saved} |")
     lines += [
         "",
         "| tprl at | tokens kept | accuracy | points lost | FLOPs saved | prefill | KV cache |",

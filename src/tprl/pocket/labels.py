@@ -31,6 +31,7 @@ class Slot:
         context: whether the fact takes other things than the patch's own, and is taught only once those are known.
         weight: of the slot in the tower's loss.
         gain: length of the slot's word embeddings in a visual token, against the language model's own.
+        stress: how much each word weighs in the slot's loss; all alike where it is empty.
     """
 
     name: str
@@ -39,8 +40,12 @@ class Slot:
     context: bool = False
     weight: float = 1.0
     gain: float = 0.6
+    stress: tuple[float, ...] = ()
 
 
+TOPICS = ("nearest", *DIRECTIONS)
+"""What a patch may say of its thing's neighbours. Every patch speaks of one of these alone: of all five at once, the
+language model did not learn to tell them apart."""
 _DIGITS = tuple("0123456789")
 _EDGES = ("left", "top", "right", "bottom")
 
@@ -49,17 +54,16 @@ SLOTS = (
     Slot("colour", tuple(COLOURS), own_direction=True, gain=1.5),
     Slot("tens", _DIGITS, weight=8.0, gain=0.8),
     Slot("ones", _DIGITS, weight=8.0, gain=0.8),
-    Slot("count", tuple("1234"), context=True, weight=18.0, gain=0.8),
+    Slot("count", tuple("1234"), context=True, weight=30.0, gain=0.8, stress=(0.5, 1.0, 1.5, 2.0)),
     Slot("column", THIRDS[0], weight=0.5),
     Slot("row", THIRDS[1], weight=0.5),
-    Slot("nearest", tuple(KINDS), context=True, weight=4.5),
-    *(Slot(phrase, tuple(KINDS), context=True, weight=4.5) for phrase in DIRECTIONS),
+    Slot("topic", tuple(topic.split()[0] for topic in TOPICS), own_direction=True, weight=4.0, gain=1.5),
+    Slot("neighbour", tuple(KINDS), context=True, weight=12.0, gain=2.0),
     *(Slot(f"box {edge} tens", tuple("012"), weight=0.25, gain=0.4) for edge in _EDGES),
     *(Slot(f"box {edge} ones", _DIGITS, weight=0.25, gain=0.4) for edge in _EDGES),
 )
 UNITS = sum(len(slot.words) for slot in SLOTS)
-
-
+TOPIC, NEIGHBOUR = (next(i for i, slot in enumerate(SLOTS) if slot.name == name) for name in ("topic", "neighbour"))
 BACKGROUND, UNCLEAR = -1, -2
 
 
@@ -85,20 +89,28 @@ def patch_owners(scene: Scene, grid: int = GRID, least: float = 1 / 3) -> np.nda
 
 
 def patch_labels(scene: Scene, grid: int = GRID, least: float = 1 / 3) -> np.ndarray:
-    """Labels of every patch, int16 ``(slots, grid * grid)``: those of the thing that owns it, see ``patch_owners``."""
+    """Labels of every patch, int16 ``(slots, grid * grid)``: those of the thing that owns it, see ``patch_owners``,
+    and of the one neighbour that it speaks of."""
+    owners = patch_owners(scene, grid, least)
     of_things = [_facts(scene, thing) for thing in scene.things]
     table = np.array([*of_things, [IGNORE] * len(SLOTS), [NONE] * len(SLOTS)], np.int16)
-    labels: np.ndarray = table[patch_owners(scene, grid, least)].T
+    labels: np.ndarray = table[owners].T
+    of_thing, neighbours = owners >= 0, patch_neighbours(scene, owners, grid)
+    labels[TOPIC, of_thing] = patch_topics(grid)[of_thing] + 1
+    labels[NEIGHBOUR, neighbours >= 0] = table[neighbours[neighbours >= 0], 0]
     return labels
 
 
-LOOKUPS = ("nearest", *DIRECTIONS)
-"""Slots whose word is the kind of another thing."""
+def patch_topics(grid: int = GRID) -> np.ndarray:
+    """Which of ``TOPICS`` every patch speaks of, int64 ``(grid * grid,)``; any 3 x 3 patches hold all five."""
+    rows, columns = np.divmod(np.arange(grid * grid), grid)
+    topics: np.ndarray = (columns + 2 * rows) % len(TOPICS)
+    return topics
 
 
-def patch_neighbours(scene: Scene, owners: np.ndarray) -> np.ndarray:
-    """Number of the thing that holds the answer of each of ``LOOKUPS`` for the owner of every patch, int64
-    ``(LOOKUPS, N)``; -1 where there is none.
+def patch_neighbours(scene: Scene, owners: np.ndarray, grid: int = GRID) -> np.ndarray:
+    """Number of the thing that each patch is to name: the neighbour, by the patch's topic, of its owner; int64
+    ``(N,)``, -1 where there is none.
 
     Args:
         owners: see ``patch_owners``.
@@ -108,7 +120,8 @@ def patch_neighbours(scene: Scene, owners: np.ndarray) -> np.ndarray:
         [numbers.get(id(scene.nearest(thing, direction)), -1) for direction in (None, *DIRECTIONS.values())]
         for thing in scene.things
     ]
-    neighbours: np.ndarray = np.array([*found, [-1] * len(LOOKUPS), [-1] * len(LOOKUPS)])[owners].T
+    table = np.array([*found, [-1] * len(TOPICS), [-1] * len(TOPICS)])
+    neighbours: np.ndarray = table[owners, patch_topics(grid)]
     return neighbours
 
 
@@ -150,14 +163,9 @@ def presence(scene: Scene) -> np.ndarray:
 
 
 def _facts(scene: Scene, thing: Thing) -> list[int]:
-    """The label of every slot for ``thing``, in the order of ``SLOTS``."""
-    kinds = list(KINDS)
+    """The label of every slot for ``thing``, in the order of ``SLOTS``; what differs from patch to patch is open."""
     card = thing.card
     number = card.number if card else None
-
-    def near(direction: tuple[int, int] | None) -> int:
-        found = scene.nearest(thing, direction)
-        return kinds.index(found.kind) + 1 if found else IGNORE
 
     def third(axis: int) -> int:
         place = thing.third(axis)
@@ -165,15 +173,15 @@ def _facts(scene: Scene, thing: Thing) -> list[int]:
 
     box = [round(edge / SIDE * BOX_SCALE) for edge in thing.box]
     return [
-        kinds.index(thing.kind) + 1,
+        list(KINDS).index(thing.kind) + 1,
         list(COLOURS).index(card.colour) + 1 if card else NONE,
         number // 10 + 1 if number is not None else NONE,
         number % 10 + 1 if number is not None else NONE,
         scene.counts[thing.kind],
         third(0),
         third(1),
-        near(None),
-        *(near(direction) for direction in DIRECTIONS.values()),
+        IGNORE,
+        IGNORE,
         *(edge // 10 + 1 for edge in box),
         *(edge % 10 + 1 for edge in box),
     ]

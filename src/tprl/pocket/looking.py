@@ -10,7 +10,7 @@ from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
 from tprl.data.scenes.scene import COLOURS, KINDS
 from tprl.lvlm.packing import Packed
-from tprl.pocket.labels import LOOKUPS
+from tprl.pocket.labels import TOPIC
 from tprl.pocket.pictures import Batch
 from tprl.pocket.questions import Questions
 
@@ -62,11 +62,8 @@ class Looking:
         return torch.cat(losses, -1).mean()
 
 
-COUNT = "count"
-TOWER_LOOKS = {
-    3: {0: "nearest", 2: "left of", 3: "above"},
-    4: {0: "right of", 1: COUNT, 2: "below"},
-}
+NEIGHBOUR, ALIKE = "neighbour", "alike"
+TOWER_LOOKS = {4: {0: NEIGHBOUR, 1: ALIKE}, 5: {0: NEIGHBOUR, 1: ALIKE}}
 """What each taught head of the tower looks for, by layer and head, up to the last layer; the others stay free."""
 
 
@@ -74,9 +71,10 @@ def tower_looking_loss(vision: CLIPVisionModel, hidden: tuple[Tensor, ...], batc
     """How far the heads of ``TOWER_LOOKS`` are from looking where the answer stands, mean over the heads, each over
     the patches of things; and how far [CLS] in the last layer is from looking at every thing alike.
 
-    A head for neighbours is to spend its attention on the neighbour, wherever on it: ``-log(attention there)``. The
-    head that counts is to spread it evenly over the things alike, wherever on each and however large it is, and [CLS],
-    from whose share the number can be read: cross-entropy.
+    A head for neighbours is to spend its attention on the one that the patch speaks of, wherever on it:
+    ``-log(attention there)``. A head that counts is to spread it evenly over the things alike, wherever on each and
+    however large it is, and [CLS], from whose share the number can be read: cross-entropy, and the squared error of
+    that share's logarithm.
 
     Args:
         hidden: the hidden states of all layers, ``(B, 1 + M, D)`` each, [CLS] first.
@@ -96,13 +94,15 @@ def tower_looking_loss(vision: CLIPVisionModel, hidden: tuple[Tensor, ...], batc
         for head, looked_for in heads.items():
             scores = queries[head][:, 1:] @ keys[head].mT * layer.self_attn.scale
             logs = (scores + bias).log_softmax(-1)
-            if looked_for == COUNT:
+            if looked_for == ALIKE:
                 on_things = (logs[..., 1:].exp() @ things).clamp(min=1e-12).log()
+                among = 1 + alike.sum(-1)
                 found = logs[..., 0] + (alike * on_things).sum(-1)
-                losses.append(-(found / (1 + alike.sum(-1)))[of_thing].mean())
+                off = logs[..., 0] + among.log()
+                losses.append((off.square() - found / among)[of_thing].mean())
             else:
-                picture, patch = (batch.neighbours[:, LOOKUPS.index(looked_for)] >= 0).nonzero(as_tuple=True)
-                neighbour = batch.neighbours[picture, LOOKUPS.index(looked_for), patch]
+                picture, patch = (batch.neighbours >= 0).nonzero(as_tuple=True)
+                neighbour = batch.neighbours[picture, patch]
                 there = batch.owners[picture] == neighbour[:, None]
                 losses.append(-logs[picture, patch, 1:].masked_fill(~there, -torch.inf).logsumexp(-1).mean())
         if layer is layers[-1]:  # whose [CLS] is what some pruners choose by
@@ -114,21 +114,21 @@ def tower_looking_loss(vision: CLIPVisionModel, hidden: tuple[Tensor, ...], batc
 
 
 def relevant_patches(asked: list[Questions], labels: Tensor) -> tuple[Tensor, Tensor]:
-    """Which patches each question speaks of, bool ``(questions, N)``, and whether there are any.
+    """Which patches answer each question, bool ``(questions, N)``, and whether there are any: those of the things that
+    it names, of these only the ones that speak of the neighbour that it asks for.
 
     Args:
         labels: patch labels ``(slots, B, N)``.
     """
     words = [*KINDS, *COLOURS]
-    kind, colour = labels[0], labels[1]
+    kind, colour, speaks_of = labels[0], labels[1], labels[TOPIC]
     rows = []
     for number, questions in enumerate(asked):
-        for named in questions.subjects:
+        for named, topic in zip(questions.subjects, questions.topics, strict=True):
             ids = [words.index(word) for word in sorted(named)]
-            rows.append(
-                torch.stack(
-                    [kind[number] == i + 1 if i < len(KINDS) else colour[number] == i - len(KINDS) + 1 for i in ids]
-                ).any(0)
-            )
+            of_named = torch.stack(
+                [kind[number] == i + 1 if i < len(KINDS) else colour[number] == i - len(KINDS) + 1 for i in ids]
+            ).any(0)
+            rows.append(of_named if topic is None else of_named & (speaks_of[number] == topic + 1))
     relevant = torch.stack(rows)
     return relevant, relevant.any(1)

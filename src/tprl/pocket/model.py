@@ -21,7 +21,7 @@ LANGUAGE_PREFIX = "model.language_model."
 
 def vision_config() -> CLIPVisionConfig:
     return CLIPVisionConfig(
-        hidden_size=256, intermediate_size=1024, num_hidden_layers=5, num_attention_heads=4,
+        hidden_size=256, intermediate_size=1024, num_hidden_layers=6, num_attention_heads=4,
         image_size=SIDE, patch_size=SIDE // GRID, hidden_act="gelu",
     )  # fmt: skip
 

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 from tprl.data.scenes.drawing import render
-from tprl.data.scenes.scene import STANDARD, Scene, SceneSettings, make_scene
+from tprl.data.scenes.scene import SIDE, STANDARD, Scene, SceneSettings, make_scene
 from tprl.pocket.labels import (
     BACKGROUND,
     GRID,
@@ -37,8 +37,9 @@ class Batch(NamedTuple):
         weights: float32 ``(B, M)``, how many patches each stands for; 0 is padding.
         labels: int64 ``(slots, B, M)``, see ``patch_labels``.
         owners: int64 ``(B, M)``, see ``patch_owners``.
-        neighbours: int64 ``(B, LOOKUPS, M)``, see ``patch_neighbours``.
+        neighbours: int64 ``(B, M)``, see ``patch_neighbours``.
         glyphs: int64 ``(B, M)``, see ``glyph_labels``.
+        centres: float32 ``(B, M, 2)``, centre (x, y) of the thing that owns each patch, in [-1, 1]; 0 where none does.
     """
 
     pixels: Tensor
@@ -49,6 +50,7 @@ class Batch(NamedTuple):
     owners: Tensor
     neighbours: Tensor
     glyphs: Tensor
+    centres: Tensor
 
     @property
     def kinds(self) -> Tensor:
@@ -74,15 +76,17 @@ def make_batch(scenes: list[Scene], ground: np.random.Generator | None = None) -
     """
     pixels = torch.from_numpy(np.stack([np.asarray(render(scene)) for scene in scenes]))
     holds = torch.from_numpy(np.stack([presence(scene) for scene in scenes]))
-    fills = (0, 0, IGNORE, UNCLEAR, -1, IGNORE)
+    fills = (0, 0, IGNORE, UNCLEAR, -1, IGNORE, 0)
     pictures = [_patches(scene, ground) for scene in scenes]
     longest = max(len(patches) for patches, *_ in pictures)
     columns = [
         torch.stack([nn.functional.pad(facts, (0, longest - facts.shape[-1]), value=fill) for facts in column])
         for column, fill in zip(zip(*pictures, strict=True), fills, strict=True)
     ]
-    patches, weights, labels, owners, neighbours, glyphs = columns
-    return Batch(pixels, holds, patches, weights, labels.transpose(0, 1), owners, neighbours, glyphs)
+    patches, weights, labels, owners, neighbours, glyphs, centres = columns
+    return Batch(
+        pixels, holds, patches, weights, labels.transpose(0, 1), owners, neighbours, glyphs, centres.transpose(1, 2)
+    )
 
 
 def _patches(scene: Scene, ground: np.random.Generator | None) -> tuple[Tensor, ...]:
@@ -96,24 +100,27 @@ def _patches(scene: Scene, ground: np.random.Generator | None) -> tuple[Tensor, 
         weights = np.where(owners[patches] >= 0, 1.0, len(other) / GROUND).astype(np.float32)
     labels, glyphs = patch_labels(scene).astype(np.int64), glyph_labels(scene).astype(np.int64)
     neighbours = patch_neighbours(scene, owners)
-    facts = (labels[:, patches], owners[patches], neighbours[:, patches], glyphs[patches])
+    places = np.array([*(thing.centre for thing in scene.things), *[(SIDE / 2, SIDE / 2)] * 2], np.float32)
+    centres = places[owners].T / (SIDE / 2) - 1
+    facts = (labels[:, patches], owners[patches], neighbours[patches], glyphs[patches], centres[:, patches])
     return tuple(torch.from_numpy(array) for array in (patches, weights, *facts))
 
 
 class Batches(Dataset[Batch]):
-    """Batch ``step`` of freshly drawn training scenes, with some of their ground."""
+    """Batch ``step`` of freshly drawn training scenes, with some of their ground; what is drawn follows from
+    ``(seed, step)``."""
 
-    def __init__(self, batch_size: int, first: int, last: int) -> None:
-        self.batch_size, self.first, self.last = batch_size, first, last
+    def __init__(self, batch_size: int, first: int, last: int, seed: int = 0) -> None:
+        self.batch_size, self.first, self.last, self.seed = batch_size, first, last, seed
 
     def __len__(self) -> int:
         return self.last - self.first
 
     def __getitem__(self, index: int) -> Batch:
-        start = (self.first + index) * self.batch_size
-        numbers = range(start, start + self.batch_size)
-        scenes = [make_scene("train", i, NUMBERED if i % 2 else STANDARD) for i in numbers]
-        return make_batch(scenes, np.random.default_rng((start, self.batch_size)))
+        rng = np.random.default_rng((self.seed, 3, self.first + index))
+        numbers = rng.integers(2**31, size=self.batch_size).tolist()
+        scenes = [make_scene("train", n, NUMBERED if i % 2 else STANDARD) for i, n in enumerate(numbers)]
+        return make_batch(scenes, rng)
 
 
 def normalise(pixels: Tensor) -> Tensor:

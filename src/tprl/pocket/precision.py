@@ -4,8 +4,7 @@ import time
 from functools import cache
 
 import torch
-from torch import Tensor, nn
-from transformers import AttentionInterface
+from torch import nn
 
 
 @cache
@@ -32,20 +31,6 @@ def mixed_precision() -> torch.autocast:
     return torch.autocast("cpu", torch.bfloat16, enabled=fastest_dtype("cpu") == torch.bfloat16)
 
 
-def compiled_if_mixed(module: nn.Module) -> nn.Module:
-    """Compiled in mixed precision, where what lies between the matrix products takes most of the time."""
-    return torch.compile(module) if fastest_dtype("cpu") == torch.bfloat16 else module  # type: ignore[return-value]
-
-
 def fastest_attention() -> str:
     """The attention to train the tower with: PyTorch's fused one has a slow backward pass in bfloat16 on CPUs."""
-    AttentionInterface.register("plain", plain_attention)
-    return "plain" if fastest_dtype("cpu") == torch.bfloat16 else "sdpa"
-
-
-def plain_attention(
-    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: None, scaling: float, **_: object
-) -> tuple[Tensor, None]:
-    """Attention as two matrix products: PyTorch's fused one has a slow backward pass in bfloat16 on CPUs."""
-    weights = ((query * scaling) @ key.transpose(-1, -2)).softmax(-1)
-    return (weights @ value).transpose(1, 2).contiguous(), None
+    return "eager" if fastest_dtype("cpu") == torch.bfloat16 else "sdpa"

@@ -11,7 +11,7 @@ from transformers import PreTrainedTokenizerBase
 from tprl.data.scenes.questions import ask
 from tprl.data.scenes.scene import COLOURS, DIRECTIONS, KINDS, Scene
 from tprl.lvlm.packing import Block, Prefix, make_prefix
-from tprl.pocket.labels import SLOTS
+from tprl.pocket.labels import SLOTS, TOPICS
 
 
 class Tokens:
@@ -41,11 +41,12 @@ class Tokens:
 
 @dataclass(frozen=True)
 class Questions:
-    """Questions about one picture: their families and their tokens."""
+    """Questions about one picture: their families, their tokens, and what they ask about."""
 
     families: list[str]
     blocks: list[Block]
     subjects: list[set[str]]
+    topics: list[int | None]
 
 
 def draw_questions(
@@ -65,6 +66,7 @@ def draw_questions(
         [family for family, _ in drawn.values()],
         [tokens.block(question, answer) for question, (_, answer) in drawn.items()],
         [subject(question) for question in drawn],
+        [topic(question) for question in drawn],
     )
 
 
@@ -72,6 +74,11 @@ def subject(question: str) -> set[str]:
     """The kinds that a question names, or, where it names none, the colours."""
     words = set(re.findall("[a-z]+", question))
     return words & KINDS.keys() or words & COLOURS.keys()
+
+
+def topic(question: str) -> int | None:
+    """Which of ``TOPICS`` a question asks for, if any."""
+    return next((number for number, phrase in enumerate(TOPICS) if phrase in question), None)
 
 
 DESCRIBE = "describe"

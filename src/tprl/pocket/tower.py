@@ -23,16 +23,16 @@ from transformers import CLIPVisionModel
 
 from tprl.checkpoint import load_checkpoint, load_optimizer, optimizer_tensors, prefixed, save_checkpoint, with_prefix
 from tprl.data.scenes.scene import COLOURS, KINDS
-from tprl.pocket.labels import BACKGROUND, GLYPHS, GRID, IGNORE, SLOTS, UNITS
+from tprl.pocket.labels import BACKGROUND, GLYPHS, GRID, IGNORE, SLOTS, TOPICS, UNITS, patch_topics
 from tprl.pocket.looking import tower_looking_loss
 from tprl.pocket.model import unrounded, vision_config
 from tprl.pocket.pictures import Batch, Batches, normalise
-from tprl.pocket.precision import compiled_if_mixed, fastest_attention, mixed_precision
+from tprl.pocket.precision import fastest_attention, mixed_precision
 from tprl.pocket.words import LOUDNESS
 
 TOWER = "tower.safetensors"
-MIDDLE = 3
-"""After how many layers kinds, glyphs and areas are to be known: look-ups need the layers above."""
+MIDDLE = 4
+"""After how many layers kinds, glyphs, areas and centres are to be known: look-ups need the layers above."""
 NONE_LOGIT = -1.0
 SHARPNESS = 3.0
 
@@ -41,7 +41,7 @@ SHARPNESS = 3.0
 class TowerConfig:
     """How the tower is trained; all randomness follows from ``seed`` and the step."""
 
-    steps: int = 1500
+    steps: int = 2400
     batch_size: int = 16
     learning_rate: float = 1.5e-3
     warmup_steps: int = 100
@@ -57,8 +57,8 @@ class Sight(NamedTuple):
     Attributes:
         units: pre-activations of the words, ``(B, N, UNITS)``.
         presence: logits of what the picture holds, ``(B, kinds + colours)``, from [CLS].
-        marks: ``(B, N, GLYPHS + kinds + 1)`` from the middle: logits of the glyph on each patch and of the kind of its
-            thing, and the logarithm of how many patches that covers.
+        marks: ``(B, N, GLYPHS + kinds + 3)`` from the middle: logits of the glyph on each patch and of the kind of its
+            thing, the logarithm of how many patches that covers, and its centre.
         hidden: hidden states of all layers, ``(B, 1 + N, D)`` each.
     """
 
@@ -77,10 +77,11 @@ class Tower(nn.Module):
         self.words = nn.Linear(self.vision.config.hidden_size, UNITS)
         nn.init.constant_(self.words.bias, NONE_LOGIT - 1)
         self.presence = nn.Linear(self.vision.config.hidden_size, len(KINDS) + len(COLOURS))
-        self.marks = nn.Linear(self.vision.config.hidden_size, GLYPHS + len(KINDS) + 1)
+        self.marks = nn.Linear(self.vision.config.hidden_size, GLYPHS + len(KINDS) + 3)
         with torch.no_grad():
             positions = self.vision.get_parameter("embeddings.position_embedding.weight")
             positions[1:] = sincos_positions(GRID, positions.shape[1])
+            positions[1:] += 0.2 * torch.randn(len(TOPICS), positions.shape[1])[patch_topics()]
 
     def forward(self, pixels: Tensor, patches: Tensor, weights: Tensor) -> Sight:
         """Pixels ``(B, 3, SIDE, SIDE)``, normalised, and which patches of them to see, see ``Batch``."""
@@ -122,7 +123,7 @@ def sincos_positions(grid: int, width: int) -> Tensor:
 def word_loss(units: Tensor, labels: Tensor, patch_weights: Tensor, slot_weights: list[float]) -> Tensor:
     """Cross-entropy a slot over its words and an implicit "none" at ``NONE_LOGIT``, plus the margins.
 
-    A slot's loss is a sum over patches by how many it applies to.
+    A slot's loss is a sum over patches by how many it applies to, both weighted by the slot's ``stress``.
 
     Args:
         units: pre-activations ``(B, M, UNITS)``.
@@ -132,31 +133,33 @@ def word_loss(units: Tensor, labels: Tensor, patch_weights: Tensor, slot_weights
     units, labels, patch_weights = units.float().flatten(0, 1), labels.flatten(1), patch_weights.flatten()
     none = units.new_full((len(units), 1), NONE_LOGIT)
     total = units.new_zeros(())
-    for weight, block, label in zip(slot_weights, units.split([len(s.words) for s in SLOTS], 1), labels, strict=True):
+    blocks = units.split([len(slot.words) for slot in SLOTS], 1)
+    for slot, weight, block, label in zip(SLOTS, slot_weights, blocks, labels, strict=True):
         logits = torch.cat([none, block], 1)
         loss = nn.functional.cross_entropy(SHARPNESS * logits, label, ignore_index=IGNORE, reduction="none")
         right = nn.functional.one_hot(label.clamp(min=0), logits.shape[1])[:, 1:].bool()
         margin = torch.where(right, (block - LOUDNESS) ** 2, (block + 3).clamp(min=0) ** 2).sum(1)
-        wrong = (loss + 0.02 * margin * (label != IGNORE)) @ patch_weights
-        total = total + weight * wrong / (label > 0).sum().clamp(min=1)
+        stress = units.new_tensor((1.0, *(slot.stress or [1.0] * len(slot.words))))[label.clamp(min=0)]
+        wrong = (loss + 0.02 * margin * (label != IGNORE)) @ (patch_weights * stress)
+        total = total + weight * wrong / (stress * (label > 0)).sum().clamp(min=1)
     return total / sum(slot_weights)
 
 
-def mark_loss(marks: Tensor, glyphs: Tensor, kinds: Tensor, areas: Tensor) -> Tensor:
-    """Cross-entropy of the glyphs and the kinds on patches, and squared error of the logarithms of areas.
+def mark_loss(marks: Tensor, batch: Batch) -> Tensor:
+    """Cross-entropy of the glyphs and the kinds on patches, and squared error of the logarithms of areas and of
+    centres.
 
     Args:
         marks: see ``Sight``.
-        glyphs: int64 ``(B, M)``.
-        kinds: int64 ``(B, M)``, see ``Batch.kinds``.
-        areas: ``(B, M)``, see ``Batch.areas``.
     """
-    glyph, kind, area = marks.float().flatten(0, 1).split([GLYPHS, len(KINDS), 1], 1)
-    glyph_loss = nn.functional.cross_entropy(glyph, glyphs.flatten(), ignore_index=IGNORE)
-    kind_loss = nn.functional.cross_entropy(kind, kinds.flatten(), ignore_index=BACKGROUND)
-    of_thing = areas.flatten() > 0
-    area_loss = nn.functional.mse_loss(area[of_thing, 0], areas.flatten()[of_thing].log())
-    return glyph_loss + 0.5 * kind_loss + 0.5 * area_loss
+    glyph, kind, area, centre = marks.float().flatten(0, 1).split([GLYPHS, len(KINDS), 1, 2], 1)
+    areas = batch.areas.flatten()
+    of_thing = areas > 0
+    glyph_loss = nn.functional.cross_entropy(glyph, batch.glyphs.flatten(), ignore_index=IGNORE)
+    kind_loss = nn.functional.cross_entropy(kind, batch.kinds.flatten(), ignore_index=BACKGROUND)
+    area_loss = nn.functional.mse_loss(area[of_thing, 0], areas[of_thing].log())
+    centre_loss = nn.functional.mse_loss(centre[of_thing], batch.centres.flatten(0, 1)[of_thing])
+    return glyph_loss + 0.5 * kind_loss + 0.5 * area_loss + 2 * centre_loss
 
 
 @torch.no_grad()
@@ -186,7 +189,7 @@ def tower_losses(sight: Sight, vision: CLIPVisionModel, batch: Batch, weights: l
     return {
         "words": word_loss(sight.units, batch.labels, batch.weights, weights),
         "presence": nn.functional.binary_cross_entropy_with_logits(sight.presence.float(), batch.presence),
-        "marks": 2 * mark_loss(sight.marks, batch.glyphs, batch.kinds, batch.areas),
+        "marks": 2 * mark_loss(sight.marks, batch),
         "looking": tower_looking_loss(vision, sight.hidden, batch),
     }
 
@@ -221,8 +224,7 @@ def train_tower(run: Path, config: TowerConfig, delta: Path | None = None) -> It
         load_optimizer(optimizer, tensors)
         start = meta["step"]
     tower.vision.set_attn_implementation(fastest_attention())
-    see = compiled_if_mixed(tower)
-    loader = DataLoader(Batches(config.batch_size, start, config.steps), batch_size=None, num_workers=1)
+    loader = DataLoader(Batches(config.batch_size, start, config.steps, config.seed), batch_size=None, num_workers=1)
     seen: dict[str, list[float]] = defaultdict(list)
     clock = time.perf_counter()
     for step, batch in enumerate(loader, start):
@@ -231,7 +233,7 @@ def train_tower(run: Path, config: TowerConfig, delta: Path | None = None) -> It
         context = step >= config.context_from or delta is not None
         weights = [slot.weight * (context or not slot.context) for slot in SLOTS]
         with mixed_precision():
-            sight = see(normalise(batch.pixels), batch.patches, batch.weights)
+            sight = tower(normalise(batch.pixels), batch.patches, batch.weights)
             losses = tower_losses(sight, tower.vision, batch, weights)
             if not context:
                 del losses["looking"]

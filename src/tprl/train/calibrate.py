@@ -1,5 +1,6 @@
 """One look at held-out samples: how accurate and how short the pruned input is, and which threshold is worth it."""
 
+import math
 from dataclasses import dataclass, replace
 
 import torch
@@ -10,7 +11,8 @@ from tprl.lvlm.cache import EncodedSamples
 from tprl.progress import track
 from tprl.pruner import TokenPruner
 
-THRESHOLDS = (0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3, 0.2, 0.15, 0.1, 0.07, 0.05, 0.03, 0.02, 0.01)
+THRESHOLDS = tuple(torch.linspace(4, -6, 64, dtype=torch.float64).sigmoid().tolist())
+"""Falling, even in logits."""
 BATCH = 64
 
 
@@ -69,13 +71,20 @@ def one_shot(
 
 
 def calibrate(pruner: TokenPruner, data: EncodedSamples, unpruned: Tensor, max_drop: float) -> OneShot:
-    """Set the pruner's threshold to the highest one that costs at most ``max_drop`` points on ``data``.
+    """Set the pruner's threshold to the highest one that costs at most ``max_drop`` points on ``data``, found by
+    bisection, since less is lost the lower it is.
 
     Where even the lowest costs more, that one is set.
     """
-    for threshold in track(THRESHOLDS, "calibrating"):
-        result = one_shot(pruner, data, unpruned, threshold=threshold)
-        if result.drop_points <= max_drop:
-            break
+    tried: dict[int, OneShot] = {}
+    too_high, low_enough = -1, len(THRESHOLDS) - 1
+    for _ in track(range(math.ceil(math.log2(len(THRESHOLDS)))), "calibrating"):
+        middle = (too_high + low_enough) // 2
+        tried[middle] = one_shot(pruner, data, unpruned, threshold=THRESHOLDS[middle])
+        if tried[middle].drop_points <= max_drop:
+            low_enough = middle
+        else:
+            too_high = middle
+    threshold = THRESHOLDS[low_enough]
     pruner.config = replace(pruner.config, threshold=threshold)
-    return result
+    return tried.get(low_enough) or one_shot(pruner, data, unpruned, threshold=threshold)

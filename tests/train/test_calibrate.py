@@ -1,0 +1,43 @@
+"""The threshold that calibration finds, against trying every one of them."""
+
+from dataclasses import dataclass
+from typing import Any, cast
+
+import pytest
+import torch
+
+from tprl.config import PrunerConfig
+from tprl.train import calibrate as module
+from tprl.train.calibrate import THRESHOLDS, OneShot, calibrate
+
+
+@dataclass
+class Pruner:
+    """All of a pruner that calibration changes."""
+
+    config: PrunerConfig
+
+
+@pytest.mark.parametrize("costs_too_much_above", [1.0, 0.97, 0.5, 0.11, 0.0026, 0.0])
+def test_it_is_the_highest_threshold_that_costs_no_more_than_is_allowed(
+    monkeypatch: pytest.MonkeyPatch, costs_too_much_above: float
+) -> None:
+    asked = []
+
+    def one_shot(pruner: Any, data: Any, unpruned: Any, threshold: float) -> OneShot:
+        asked.append(threshold)
+        return OneShot(0.9 if threshold > costs_too_much_above else 0.985, 0.99, kept=1 / threshold)
+
+    monkeypatch.setattr(module, "one_shot", one_shot)
+    pruner = Pruner(PrunerConfig(8, "abc"))
+    result = calibrate(cast(Any, pruner), cast(Any, None), torch.ones(1), max_drop=1.0)
+    allowed = [threshold for threshold in THRESHOLDS if threshold <= costs_too_much_above]
+    assert pruner.config.threshold == max(allowed, default=THRESHOLDS[-1])
+    assert result.kept == 1 / pruner.config.threshold
+    assert len(set(asked)) == len(asked) <= 7
+
+
+def test_thresholds_fall_and_span_the_probabilities() -> None:
+    assert list(THRESHOLDS) == sorted(set(THRESHOLDS), reverse=True)
+    assert THRESHOLDS[0] > 0.98
+    assert THRESHOLDS[-1] < 0.003

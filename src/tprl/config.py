@@ -112,7 +112,7 @@ class PpoStage:
         max_kl: an update epoch is the last where the approximate KL a token exceeds this.
     """
 
-    epochs: int = 30
+    epochs: int = 12
     questions: int = 32
     rollouts: int = 8
     horizon: int = 3

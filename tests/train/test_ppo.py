@@ -10,7 +10,7 @@ from tprl.config import PpoStage, TrainConfig
 from tprl.train.ppo import Rollouts, advantages, improve, ppo_loss, ppo_stage, roll_out
 from train.puzzle import COUNT, Puzzle, make_pruner
 
-SETTINGS = PpoStage(questions=6, rollouts=4, minibatch=24, update_epochs=1, discount=0.8)
+SETTINGS = PpoStage(gamma=0.99, questions=6, rollouts=4, minibatch=24, update_epochs=1, discount=0.8)
 INDICES = list(range(6))
 
 
@@ -52,7 +52,7 @@ def test_the_loss_equals_a_loop_over_tokens() -> None:
     pruner, rolled = rollouts()
     with torch.no_grad():
         for weight in pruner.policy.actor.parameters():
-            weight += 0.1 * torch.randn(weight.shape, generator=torch.Generator().manual_seed(1))
+            weight += 0.3 * torch.randn(weight.shape, generator=torch.Generator().manual_seed(1))
     chosen = torch.tensor([3, 0, 17, 8])
     advantage, target = advantages(rolled, SETTINGS)
     loss, metrics = ppo_loss(pruner, rolled, chosen, advantage[chosen], target[chosen], SETTINGS)

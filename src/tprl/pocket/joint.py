@@ -37,7 +37,7 @@ JOINT = "joint.safetensors"
 RENEWAL_BATCHES = 2
 """Batches of pictures that the projector is fitted on, 576 patches each, for 257 numbers a unit."""
 FAMILY_WEIGHTS = dict.fromkeys((*FAMILIES, DESCRIBE), 1.0) | {
-    "existence": 0.5, "attribute": 1.0, "reverse": 1.5, "comparison": 0.7, "position": 0.4,
+    "existence": 0.5, "reverse": 1.5, "comparison": 0.7, "position": 0.4,
     "grounding": 0.3, DESCRIBE: 0.1, "reading": 3.0, "counting": 4.0, "nearest": 2.0, "relation": 2.0,
 }  # fmt: skip
 """What is hard is asked more often; boxes and descriptions seldom, since the loss is a mean over tokens and they have

@@ -1,6 +1,7 @@
 """Cached pictures, and how right the model's answers are."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from tprl.evaluate.latency import prompt_inputs
 from tprl.lvlm import shards
 from tprl.lvlm.cache import EncodedSamples
 from tprl.lvlm.model import Lvlm
+from tprl.lvlm.score import AnswerScores
 from tprl.scoring import score
 
 
@@ -49,6 +51,32 @@ def test_unpruned_accuracy_is_that_of_generate(lvlm: Lvlm, encoded: EncodedSampl
     assert 0 < sum(wanted) < 24
     visual = encoded.visual(range(24))
     assert encoded.accuracy(range(24), visual.tokens, visual.mask).tolist() == pytest.approx(wanted)
+
+
+def test_samples_that_look_at_the_same_tokens_share_a_row(
+    encoded: EncodedSamples, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    indices, keep = [5, 0, 1, 4, 2, 6], torch.rand(6, 16, generator=torch.Generator().manual_seed(0)) < 0.5
+    keep[3], keep[1] = keep[0], keep[2]  # 5 and 4 see the same of picture 1, 0 and 1 of picture 0
+    keep[4] = keep[0]  # of another picture
+    firsts = [encoded.questions[image_id][0] for image_id in encoded.image_ids[:2]]
+    tokens, pictures = encoded.visual(firsts).tokens, torch.tensor([1, 0, 0, 1, 0, 1])
+    alone = [
+        encoded.score([i], tokens[p][None], mask[None]) for i, p, mask in zip(indices, pictures, keep, strict=True)
+    ]
+    read: list[int] = []
+    score_rows = encoded.scorer.score
+
+    def counting(*given: Any, **named: Any) -> AnswerScores:
+        read.append(len(given[2]))
+        return score_rows(*given, **named)
+
+    monkeypatch.setattr(encoded.scorer, "score", counting)
+    together = encoded.score(indices, tokens, keep, pictures=pictures)
+    assert read == [4]
+    torch.testing.assert_close(together.log_prob, torch.cat([one.log_prob for one in alone]))
+    assert together.correct.tolist() == [bool(one.correct) for one in alone]
+    assert len(set(together.log_prob.tolist())) == 6
 
 
 def test_questions_about_one_picture_share_a_row(encoded: EncodedSamples) -> None:

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, cast
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
@@ -124,7 +125,8 @@ class EncodedSamples:
         within: Within | None = None,
         pictures: Tensor | None = None,
     ) -> AnswerScores:
-        """Scores of the reference answers of samples ``indices`` from the kept tokens, one row each.
+        """Scores of the reference answers of samples ``indices`` from the kept tokens. Samples that look at the same
+        tokens of one picture are read in one row.
 
         Args:
             tokens: ``(P, N, D)``.
@@ -132,7 +134,23 @@ class EncodedSamples:
             within: drops more tokens inside the language model.
             pictures: int64 ``(B,)``, the row of ``tokens`` that each sample looks at; each has its own where None.
         """
-        return self._scored(indices, tokens, keep_mask, [[self.block(i)] for i in indices], within, pictures)
+        given = range(len(indices)) if pictures is None else pictures.tolist()
+        if within is not None:
+            return self._scored(indices, tokens, keep_mask, [[self.block(i)] for i in indices], within, pictures)
+        bits = np.packbits(keep_mask.cpu().numpy(), axis=1)
+        shared: dict[tuple[int, bytes], list[int]] = {}
+        for place, picture in enumerate(given):
+            shared.setdefault((picture, bits[place].tobytes()), []).append(place)
+        rows = list(shared.values())
+        first = [places[0] for places in rows]
+        blocks = [[self.block(indices[place]) for place in places] for places in rows]
+        firsts, looked_at = (
+            [indices[place] for place in first],
+            torch.tensor([given[place] for place in first], dtype=torch.int64),
+        )
+        scores = self._scored(firsts, tokens, keep_mask[first], blocks, None, looked_at)
+        back = torch.tensor([place for places in rows for place in places], dtype=torch.int64).argsort()
+        return AnswerScores(scores.log_prob[back], scores.correct[back])
 
     @phase("score")
     def _scored(

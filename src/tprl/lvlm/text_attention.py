@@ -1,4 +1,4 @@
-"""What a question's last token attends to in the language model: the text-guided demonstrators' signal.
+"""What a question attends to in the language model: the text-guided demonstrators' signal.
 
 One whole prefill a picture, shared by its questions, so it is a teacher's signal and not a pruner's: to know it, one
 has to pay for every visual token first.
@@ -17,9 +17,11 @@ from tprl.lvlm.reader import RowReader
 
 @torch.no_grad()
 def text_attention(reader: RowReader, prefix: Prefix, tokens: Tensor, blocks: list[Block]) -> Tensor:
-    """Attention of every question's last prompt token to the visual tokens, mean over heads and over all decoder layers
-    but the first quarter, which do not look for answers yet. What is asked for and what it is compared with are looked
-    up in different layers.
+    """The greatest attention, mean over heads, that any token of a question pays to each visual token in any decoder
+    layer but the first quarter, which do not look for answers yet. That of the last prompt token counts twice.
+
+    What is asked for and what it is compared with are looked up in different layers, and what the question names by
+    other tokens than the answer. A mean would let a thing with many patches hide what is looked at once.
 
     Args:
         reader: of the language model.
@@ -39,18 +41,22 @@ def _attention(reader: RowReader, prefix: Prefix, tokens: Tensor, blocks: list[B
     decoder: Any = reader.language
     everything = torch.ones(1, len(tokens), dtype=torch.bool, device=tokens.device)
     packed, inputs = reader.prepare(prefix, tokens, everything, [blocks])
+    lengths = [block.answer_start for block in blocks]
     starts = torch.tensor([0, *(len(block.ids) for block in blocks)]).cumsum(0)[:-1]
-    last = packed.start + starts + torch.tensor([block.answer_start - 1 for block in blocks])
-    seen: list[Tensor] = []
+    first = [int(packed.start) + start for start in starts.tolist()]
+    asking = torch.cat([torch.arange(at, at + length) for at, length in zip(first, lengths, strict=True)])
+    places = asking[None].to(packed.visual.device)
+    seen = torch.zeros(len(asking), len(tokens), device=places.device)
 
     def watch(module: Any, args: Any, kwargs: dict[str, Any]) -> None:
-        none = torch.zeros_like(packed.visual)
-        hidden, rotary = args[0], kwargs["position_embeddings"]
-        view = LayerView(module, hidden, hidden, none, last[:1], rotary, kwargs["attention_mask"])
-        seen.append(view.attention(last[None].to(hidden.device))[0, :, packed.visual[0]])
+        none, hidden = torch.zeros_like(packed.visual), args[0]
+        view = LayerView(
+            module, hidden, hidden, none, places[:, -1], kwargs["position_embeddings"], kwargs["attention_mask"]
+        )
+        torch.maximum(seen, view.attention(places)[0, :, packed.visual[0]], out=seen)
 
     with ExitStack() as hooks:
         for layer in decoder.layers[len(decoder.layers) // 4 :]:
             hooks.callback(layer.register_forward_pre_hook(watch, with_kwargs=True).remove)
         decoder(**inputs, use_cache=False)
-    return torch.stack(seen).float().mean(0)
+    return torch.stack([torch.maximum(rows.amax(0), 2 * rows[-1]) for rows in seen.split(lengths)])

@@ -22,7 +22,7 @@ class FasterVLM:
 
 
 class TextAttention:
-    """The tokens that the question's last token attends to in the language model.
+    """The tokens that the question attends to in the language model.
 
     What SparseVLM, PyramidDrop and their like look at (arXiv 2410.04417, 2410.17247), without their detours. It costs
     an unpruned prefill, so it serves as a demonstrator.

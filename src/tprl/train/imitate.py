@@ -171,14 +171,18 @@ def _update(
 
 
 def worth_function(data: EncodedSamples, indices: Sequence[int], tokens: Tensor, kind: str) -> Worth:
-    """How good the answers to samples ``indices`` are, whose visual tokens are ``tokens (B, N, D)``.
+    """How good the answers to samples ``indices`` are, whose visual tokens are ``tokens (B, N, D)``. Samples about one
+    picture have the same tokens.
 
     Args:
         kind: see ``PpoStage.score``. A log-likelihood is the mean over the answer's tokens, in nats.
     """
 
+    names = [data.samples[index].image_id for index in indices]
+    pictures = torch.tensor([names.index(name) for name in names])
+
     def worth(rows: Tensor, masks: Tensor) -> Tensor:
-        scores = data.score([indices[row] for row in rows.tolist()], tokens, masks, pictures=rows)
+        scores = data.score([indices[row] for row in rows.tolist()], tokens, masks, pictures=pictures[rows.cpu()])
         return scores.correct.float() if kind == "correct" else scores.log_prob
 
     return worth

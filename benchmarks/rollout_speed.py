@@ -3,7 +3,8 @@
 The plain loop is a re-statement of what is usually written first: one episode at a time, and at every step the picture
 is processed and encoded anew, the policy looks at a batch of one, and the answer is generated token by token. The
 engine plays a whole round at once; the loop plays the first episodes of that round with the same random numbers, and
-the script stops if their rewards differ. All is measured in one process, so what else the machine does meets both.
+the script stops if their rewards differ in float32. All is measured in one process, so what else the machine does meets
+both.
 
     python benchmarks/rollout_speed.py --out runs/rollout_speed.json
 """
@@ -163,10 +164,12 @@ def peak_mib() -> float:
 def against_the_loop(
     lvlm: Lvlm, pruner: TokenPruner, data: EncodedSamples, questions: int, episodes: int, settings: PpoStage
 ) -> list[Row]:
-    """The engine, and the loop with and without a KV cache.
+    """The engine, and the loop with and without a KV cache, and in which share of the loop's episodes both find the
+    same rewards.
 
     Raises:
-        RuntimeError: their rewards differ.
+        RuntimeError: rewards differ in float32. In bfloat16 a batch rounds otherwise than a single picture, which may
+            keep a token more or less.
     """
     play(pruner, data, 2, settings)
     rollouts, row = play(pruner, data, questions, settings)
@@ -183,12 +186,14 @@ def against_the_loop(
             play_alone(lvlm, pruner, data, int(rollouts.rows[e]), noise[e], settings, cached) for e in range(episodes)
         ]
         seconds = (time.perf_counter() - start) / episodes
-        if not torch.allclose(torch.tensor(found), rollouts.trajectory.rewards[:episodes].cpu(), atol=1e-5):
-            raise RuntimeError(f"rewards differ: {found} and {rollouts.trajectory.rewards[:episodes].tolist()}")
+        wanted = rollouts.trajectory.rewards[:episodes].cpu()
+        same = torch.isclose(torch.tensor(found), wanted, atol=1e-5).all(1).float().mean().item()
+        if same < 1 and lvlm.model.dtype == torch.float32:
+            raise RuntimeError(f"rewards differ: {found} and {wanted.tolist()}")
         rows.append({
             "way": f"plain loop{'' if cached else ', no KV cache'}", "rollouts": episodes,
             "ms_per_rollout": 1000 * seconds, "rollouts_per_second": 1 / seconds,
-            "engine_is_faster": seconds * row["rollouts_per_second"],
+            "engine_is_faster": seconds * row["rollouts_per_second"], "same_rewards": same,
         })  # fmt: skip
     return rows
 
@@ -221,21 +226,26 @@ def main(
         sides: grids of visual tokens whose cost is measured, side * side tokens each.
         batches: numbers of questions whose cost is measured.
         data: "scenes", "easy-vqa", or a .jsonl file.
-        dtype: of the model: "auto", "float32" or "bfloat16".
+        dtype: of the model that all is measured on: "auto", "float32" or "bfloat16". The loop and the engine are
+            compared in float32 too.
         out: JSON file to write to.
     """
-    lvlm = open_lvlm("pocket-llava", dtype)
-    pruner = TokenPruner.from_pretrained(SHIPPED_PRUNER, lvlm.fingerprint)
-    source: Source = load_source(data, "val", max(questions, *batches, 1))
-    encoded = EncodedSamples(lvlm, source, cache_folder())
-    settings = PpoStage(questions=questions, rollouts=rollouts, score="correct")
-    results: dict[str, list[Row]] = {
-        "engine and plain loop": against_the_loop(lvlm, pruner, encoded, questions, episodes, settings),
-        "visual tokens": [
-            {"visual_tokens": side**2, **play(pruner, Resized(encoded, side), questions, settings)[1]} for side in sides
-        ],
-        "batch": [play(pruner, encoded, batch, replace(settings, questions=batch))[1] for batch in batches],
-    }
+    results: dict[str, list[Row]] = {}
+    lvlms = [open_lvlm("pocket-llava", dtype)]
+    if lvlms[0].model.dtype != torch.float32:
+        lvlms.insert(0, open_lvlm("pocket-llava", "float32"))
+    for lvlm in lvlms:
+        pruner = TokenPruner.from_pretrained(SHIPPED_PRUNER, lvlm.fingerprint)
+        source: Source = load_source(data, "val", max(questions, *batches, 1))
+        encoded = EncodedSamples(lvlm, source, cache_folder())
+        settings = PpoStage(questions=questions, rollouts=rollouts, horizon=3, score="correct")
+        results[f"engine and plain loop, {lvlm.model.dtype}".replace("torch.", "")] = against_the_loop(
+            lvlm, pruner, encoded, questions, episodes, settings
+        )
+    results["visual tokens"] = [
+        {"visual_tokens": side**2, **play(pruner, Resized(encoded, side), questions, settings)[1]} for side in sides
+    ]
+    results["batch"] = [play(pruner, encoded, batch, replace(settings, questions=batch))[1] for batch in batches]
     for title, rows in results.items():
         show(title, rows)
     if out is not None:

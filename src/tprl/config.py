@@ -26,7 +26,7 @@ class PrunerConfig:
     autoencoder_hidden: int = 128
     policy_hidden: int = 96
     policy_layers: int = 3
-    policy_heads: int = 4
+    policy_heads: int = 2
     threshold: float = 0.5
     use_question: bool = True
     use_autoencoder: bool = True
@@ -50,7 +50,7 @@ class AutoencoderStage:
         weight_decay: of AdamW.
     """
 
-    steps: int = 400
+    steps: int = 1000
     pictures: int = 8
     learning_rate: float = 2e-3
     weight_decay: float = 0.01
@@ -75,13 +75,13 @@ class ImitateStage:
         learning_rate: of AdamW.
     """
 
-    demonstrations: int = 2048
+    demonstrations: int = 8192
     teachers: tuple[str, ...] = ("text-attention", "fastervlm", "divprune")
     margin: float = 0.2
-    budgets: tuple[int, ...] = (128, 48, 16)
+    budgets: tuple[int, ...] = (64, 32, 16)
     search_rounds: int = 8
     search_children: int = 4
-    epochs: int = 6
+    epochs: int = 4
     batch: int = 32
     learning_rate: float = 1e-3
 
@@ -112,20 +112,20 @@ class PpoStage:
         max_kl: an update epoch is the last where the approximate KL a token exceeds this.
     """
 
-    epochs: int = 12
-    questions: int = 32
+    epochs: int = 100
+    questions: int = 64
     rollouts: int = 8
-    horizon: int = 3
+    horizon: int = 1
     discount: float = 0.9
     alpha: float = 1.0
-    beta: float = 0.03
+    beta: float = 0.5
     score: str = "log_likelihood"
     baseline: str = "group"
     gamma: float = 0.5
     gae_lambda: float = 0.95
-    minibatch: int = 64
-    update_epochs: int = 3
-    actor_learning_rate: float = 1e-3
+    minibatch: int = 512
+    update_epochs: int = 4
+    actor_learning_rate: float = 7e-4
     critic_learning_rate: float = 1e-3
     clip_epsilon: float = 0.2
     entropy_coeff: float = 0.0
@@ -148,8 +148,8 @@ class TrainConfig:
     autoencoder: AutoencoderStage = AutoencoderStage()
     imitate: ImitateStage = ImitateStage()
     ppo: PpoStage = PpoStage()
-    samples: int = 4096
-    validation: int = 400
+    samples: int = 8192
+    validation: int = 800
     max_drop: float = 1.0
     seed: int = 0
     save_every: int = 20

@@ -23,7 +23,7 @@ SETTINGS = [
     "--set.imitate.batch", 8, "--set.imitate.budgets", 8, 4, 2, "--set.imitate.search-rounds", 1,
     "--set.ppo.epochs", 2, "--set.ppo.questions", 4, "--set.ppo.rollouts", 2,
 ]  # fmt: skip
-NAMES = ("full", "demonstrations-only", "ppo-only", "steps-1", "compact-positions")
+NAMES = ("full", "demonstrations-only", "ppo-only", "steps-3", "compact-positions")
 MACHINE = {"cpu": "A", "dtype": "float32", "torch": "2"}
 
 
@@ -62,9 +62,9 @@ def test_every_row_changes_what_it_says_and_nothing_else() -> None:
         settings = (*row.settings(shape, config), row.stages, row.positions)
         assert settings not in seen, name
         seen.add(settings)
-    assert ROWS["steps-2"].settings(shape, config)[1] == replace(
-        config, imitate=replace(config.imitate, budgets=(48, 16)), ppo=replace(config.ppo, horizon=2)
-    )
+    assert ROWS["steps-2"].settings(shape, config) == (shape, replace(config, ppo=replace(config.ppo, horizon=2)))
+    one_budget = replace(config, imitate=replace(config.imitate, budgets=(32,)))
+    assert ROWS["one-budget"].settings(shape, config) == (shape, one_budget)
     assert ROWS["latent-16"].settings(shape, config) == (replace(shape, latent=16), config)
     assert all(set(row.stages) <= set(STAGES) for row in ROWS.values())
 
@@ -102,10 +102,10 @@ def test_the_recipe_trains_measures_and_goes_on(world: Path) -> None:
     out = world / "out"
     assert (out / "ablation.csv").read_text().count("\n") == 1 + len(rows)
     assert (out / "ablation.md").read_text() in outcome.stdout
-    # full, demonstrations-only and compact-positions share one imitation, steps-1 has its own; PPO follows by itself
+    # all but ppo-only share one imitation; PPO follows by itself, and compact-positions has that of full
     runs = {path.parent.name: json.loads(path.read_text()) for path in out.glob("trainings/*/config.json")}
     stages = sorted(tuple(run["stages"]) for run in runs.values())
-    assert stages == [("autoencoder", "imitate")] * 2 + [("autoencoder", "ppo")] + [("ppo",)] * 2
+    assert stages == [("autoencoder", "imitate"), ("autoencoder", "ppo"), ("ppo",), ("ppo",)]
     before = {path: path.stat().st_mtime_ns for path in out.rglob("*.safetensors")}
     again = ablate(world, "--rows", "full,demonstrations-only", "--seeds", "0,3", "--resume")
     assert again.returncode == 0, again.stderr

@@ -57,7 +57,7 @@ def test_the_projector_goes_on_to_say_what_it_said(tmp_path: Path) -> None:
 def test_the_tower_stays_and_what_learned_is_packed_whole(tmp_path: Path) -> None:
     settings = JointConfig(steps=1, pictures=1, questions=3, warmup_steps=1)
     list(train_joint(tmp_path, settings, DELTA))
-    pack(tmp_path, out=tmp_path / "packed.safetensors")
+    pack((tmp_path,), out=tmp_path / "packed.safetensors")
     before, after = unrounded(load_file(DELTA)), unrounded(load_file(tmp_path / "packed.safetensors"))
     assert before.keys() == after.keys()
     for name, weight in before.items():
@@ -68,6 +68,13 @@ def test_the_tower_stays_and_what_learned_is_packed_whole(tmp_path: Path) -> Non
             assert changed > 0, name
 
     tensors, _ = load_checkpoint(tmp_path / JOINT)
+    bias = "model.multi_modal_projector.linear_2.bias"
+    (tmp_path / "other").mkdir()
+    save_checkpoint(tmp_path / "other" / JOINT, tensors | {"model." + bias: tensors["model." + bias] + 0.5}, {})
+    pack((tmp_path, tmp_path / "other"), out=tmp_path / "mean.safetensors")
+    mean = unrounded(load_file(tmp_path / "mean.safetensors"))
+    torch.testing.assert_close(mean[bias].float(), after[bias].float() + 0.25, atol=0.01, rtol=0.0)
+
     llava, _ = start_from(DELTA, tmp_path)
     load_weights(llava, tensors)
     some = dict(list(with_prefix(tensors, "model.").items())[1:])

@@ -15,13 +15,16 @@ LOST = -2.0
 
 
 class Puzzle:
-    """Stands where ``EncodedSamples`` stands. The log-likelihood is 0 where the needed token is kept, else ``LOST``."""
+    """Stands where ``EncodedSamples`` stands, with a picture a question. The log-likelihood is 0 where the needed token
+    is kept, else ``LOST``."""
 
     def __init__(self, questions: int = 40) -> None:
         generator = torch.Generator().manual_seed(3)
         self.names = torch.nn.functional.normalize(torch.randn(COUNT, WIDTH, generator=generator), dim=1) * 3
         self.needed = torch.randint(COUNT, (questions,), generator=generator)
         self.order = torch.stack([torch.randperm(COUNT, generator=generator) for _ in range(questions)])
+        self.image_ids = list(range(questions))
+        self.questions = {image_id: [image_id] for image_id in self.image_ids}
         self.unpruned = AnswerScores(torch.zeros(questions), torch.ones(questions, dtype=torch.bool))
 
     def __len__(self) -> int:
@@ -53,6 +56,11 @@ class Puzzle:
 
     def accuracy(self, indices: Sequence[int], tokens: Tensor, keep_mask: Tensor) -> Tensor:
         return self.score(indices, tokens, keep_mask).correct.float()
+
+    def picture_accuracy(
+        self, image_ids: Sequence[int], tokens: Tensor, keep_mask: Tensor
+    ) -> tuple[Sequence[int], Tensor]:
+        return image_ids, self.accuracy(image_ids, tokens, keep_mask)
 
 
 def make_pruner(seed: int = 0) -> TokenPruner:

@@ -4,7 +4,9 @@ import json
 from collections.abc import Iterator
 from pathlib import Path
 
-from tprl.checkpoint import load_checkpoint
+import torch
+
+from tprl.checkpoint import load_checkpoint, prefixed, with_prefix
 from tprl.pocket.assemble import DELTA, pocket_llava, save_delta
 from tprl.pocket.base import image_token_id, load_base
 from tprl.pocket.joint import JOINT, JointConfig, load_weights, train_joint
@@ -40,17 +42,19 @@ def train(run: Path, *, stages: str = ",".join(STAGES), shipped: bool = False, s
         _log(run / f"{name}.jsonl", _training(name, run, seed, DELTA if shipped else None))
 
 
-def pack(run: Path, *, out: Path = DELTA) -> None:
-    """Write the weights that the package ships, from a finished training.
+def pack(runs: tuple[Path, ...], *, out: Path = DELTA) -> None:
+    """Write the weights that the package ships, from finished trainings.
 
     Args:
-        run: folder of the training.
+        runs: folders of trainings; of several, which must have begun alike, the mean of their weights is taken
+            (arXiv 2203.05482).
         out: the file to write.
     """
     base, tokenizer = load_base()
     llava = new_llava(base, image_token_id(tokenizer))
-    tensors, _ = load_checkpoint(run / JOINT)
-    load_weights(llava, tensors)
+    trained = [with_prefix(load_checkpoint(run / JOINT)[0], "model.") for run in runs]
+    mean = {name: torch.stack([weights[name] for weights in trained]).mean(0) for name in trained[0]}
+    load_weights(llava, prefixed(mean.items(), "model."))
     out.parent.mkdir(parents=True, exist_ok=True)
     save_delta(to_delta(llava, base), out)
     print(f"wrote {out}, {out.stat().st_size / 1e6:.1f} MB")

@@ -24,7 +24,7 @@ from tprl.train.pipeline import train as run_training
 QUICK = TrainConfig(
     AutoencoderStage(steps=60, pictures=4),
     ImitateStage(demonstrations=96, epochs=12, batch=16),
-    PpoStage(epochs=6, questions=16, rollouts=4),
+    PpoStage(epochs=6, questions=16, rollouts=4, minibatch=64),
     samples=300,
     validation=50,
     save_every=10,
@@ -35,8 +35,8 @@ PAPER = TrainConfig(
     AutoencoderStage(steps=10_000, pictures=1, learning_rate=1e-4),
     ImitateStage(demonstrations=50_000, epochs=5, batch=128, learning_rate=5e-5),
     PpoStage(
-        epochs=200, questions=64, rollouts=1, discount=0.5, beta=0.1, gamma=0.99, baseline="critic", minibatch=16,
-        update_epochs=4, actor_learning_rate=1e-5, critic_learning_rate=3e-5, entropy_coeff=0.01,
+        epochs=200, questions=64, rollouts=1, horizon=3, discount=0.5, beta=0.1, gamma=0.99, baseline="critic",
+        minibatch=16, update_epochs=4, actor_learning_rate=1e-5, critic_learning_rate=3e-5, entropy_coeff=0.01,
     ),
     samples=50_000,
 )  # fmt: skip

@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from tprl.config import PpoStage
+from tprl.config import ImitateStage
 from tprl.data.jsonl import read_image
 from tprl.data.sample import DataError
 from tprl.demo.steps import Stepwise
@@ -24,8 +24,8 @@ SIDE = 1024
 """Longer side in pixels to which larger pictures are shrunk, so that models that take any size stay within bounds."""
 FORMATS = ("JPEG", "PNG", "WEBP")
 MAX_QUESTION = 300
-STEPS = PpoStage().horizon
-"""T, steps of the policy."""
+STEPS = len(ImitateStage().budgets)
+"""Steps in which the policy was shown how to prune."""
 
 Mode = Literal["budget", "threshold", "steps"]
 

@@ -34,7 +34,6 @@ class Row:
         shape: settings of the pruner in the place of the given ones.
         imitate: settings of the imitation.
         ppo: settings of PPO.
-        steps: T, of demonstrations, which lose their first budgets, and of episodes; None leaves both.
         positions: of the kept tokens when the row is measured.
     """
 
@@ -43,15 +42,11 @@ class Row:
     shape: Mapping[str, Any] = field(default_factory=dict)
     imitate: Mapping[str, Any] = field(default_factory=dict)
     ppo: Mapping[str, Any] = field(default_factory=dict)
-    steps: int | None = None
     positions: Positions = "original"
 
     def settings(self, shape: PrunerConfig, config: TrainConfig) -> tuple[PrunerConfig, TrainConfig]:
         """The row's own settings, from those of the row "full"."""
         demonstrations, episodes = replace(config.imitate, **self.imitate), replace(config.ppo, **self.ppo)
-        if self.steps is not None:
-            demonstrations = replace(demonstrations, budgets=demonstrations.budgets[-self.steps :])
-            episodes = replace(episodes, horizon=self.steps)
         return replace(shape, **self.shape), replace(config, imitate=demonstrations, ppo=episodes)
 
 
@@ -66,13 +61,14 @@ ROWS: dict[str, Row] = {
     "no-question": Row("state", shape={"use_question": False}),
     **{f"teacher-{name}": Row("teacher", imitate={"teachers": (name,)}) for name in HEURISTICS},
     "teacher-search": Row("teacher", imitate={"teachers": (*HEURISTICS, SEARCH)}),
-    "steps-1": Row("episode", steps=1),
-    "steps-2": Row("episode", steps=2),
+    "one-budget": Row("teacher", imitate={"budgets": (32,)}),
+    **{f"steps-{horizon}": Row("episode", ppo={"horizon": horizon}) for horizon in (2, 3)},
     "sparse-score": Row("reward", ppo={"score": "correct"}),
     "critic": Row("reward", ppo={"baseline": "critic"}),
     "compact-positions": Row("positions", positions="compact"),
 }
-"""All rows. "full" is the default: every teacher competes, T = 3, dense score, group baseline, original positions."""
+"""All rows. "full" is the default: every teacher competes through three budgets, T = 1, dense score, group baseline,
+original positions."""
 
 
 def train_row(

@@ -13,7 +13,7 @@ from tprl.pruner import TokenPruner
 
 THRESHOLDS = tuple(torch.linspace(4, -6, 64, dtype=torch.float64).sigmoid().tolist())
 """Falling, even in logits; a power of two of them, so that every bisection takes as many looks."""
-BATCH = 64
+BATCH, PICTURES = 64, 8
 
 
 @dataclass(frozen=True)
@@ -30,14 +30,14 @@ class OneShot:
 
 
 def unpruned_accuracy(data: EncodedSamples) -> Tensor:
-    """Per sample, with every token kept."""
-    own = range(len(data))[processes.mine()]
-    rows = [torch.zeros(0)]
-    for first in track(range(0, len(own), BATCH), "unpruned"):
-        indices = own[first : first + BATCH]
-        visual = data.visual(indices)
-        rows.append(data.accuracy(indices, visual.tokens, visual.mask))
-    return processes.gathered(torch.cat(rows), len(data))
+    """Per sample, with every token kept; questions about one picture together."""
+    scores, own = torch.zeros(len(data)), data.image_ids[processes.mine()]
+    for first in track(range(0, len(own), PICTURES), "unpruned"):
+        chosen = own[first : first + PICTURES]
+        visual = data.visual([data.questions[image_id][0] for image_id in chosen])
+        indices, scored = data.picture_accuracy(chosen, visual.tokens, visual.mask)
+        scores[indices] = scored
+    return processes.total(scores)
 
 
 def one_shot(

@@ -1,7 +1,7 @@
 """Stage 2: learning from demonstrations (TPRL, arXiv 2603.13394).
 
 Deviation from the paper. There the policy imitates each step's action. Inference is one-shot, however, and ranks the
-tokens of the *first* state, which by the first step alone would tell 128 tokens from 448 and nothing more. So the
+tokens of the *first* state, which by the first step alone would tell 64 tokens from 512 and nothing more. So the
 target of a token in state t is the share of the steps from t on that it survives, and its binary cross-entropy makes
 the keep probability just that: one look ranks tokens by how long they would be kept.
 """
@@ -170,19 +170,19 @@ def _update(
     return update
 
 
-def worth_function(data: EncodedSamples, indices: Sequence[int], tokens: Tensor, kind: str) -> Worth:
-    """How good the answers to samples ``indices`` are, whose visual tokens are ``tokens (B, N, D)``. Samples about one
-    picture have the same tokens.
+def worth_function(
+    data: EncodedSamples, indices: Sequence[int], tokens: Tensor, kind: str, pictures: Tensor | None = None
+) -> Worth:
+    """How good the answers to samples ``indices`` are, whose visual tokens are ``tokens (B, N, D)``.
 
     Args:
         kind: see ``PpoStage.score``. A log-likelihood is the mean over the answer's tokens, in nats.
+        pictures: int64 ``(B,)``, for each sample the first row with the same picture; None where all differ.
     """
 
-    names = [data.samples[index].image_id for index in indices]
-    pictures = torch.tensor([names.index(name) for name in names])
-
     def worth(rows: Tensor, masks: Tensor) -> Tensor:
-        scores = data.score([indices[row] for row in rows.tolist()], tokens, masks, pictures=pictures[rows.cpu()])
+        looked_at = rows if pictures is None else pictures[rows.cpu()]
+        scores = data.score([indices[row] for row in rows.tolist()], tokens, masks, pictures=looked_at)
         return scores.correct.float() if kind == "correct" else scores.log_prob
 
     return worth
@@ -201,6 +201,8 @@ def _demonstrate(
     if any("text_attention" in selector.needs for selector in selectors):
         visual.signals["text_attention"] = _text_attention(train, indices, visual)
     kind, settings = config.ppo.score, config.imitate
+    names = [train.samples[index].image_id for index in indices]
+    pictures = torch.tensor([names.index(name) for name in names])
     search = None
     if SEARCH in settings.teachers:
         search = Search(settings.search_rounds, settings.search_children, config.seed)
@@ -209,7 +211,7 @@ def _demonstrate(
         visual,
         settings.budgets,
         unpruned_scores(train, indices, kind),
-        MemoScore(worth_function(train, indices, visual.tokens, kind)),
+        MemoScore(worth_function(train, indices, visual.tokens, kind, pictures)),
         config.ppo.alpha,
         config.ppo.beta,
         config.ppo.gamma,

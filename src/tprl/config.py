@@ -150,6 +150,6 @@ class TrainConfig:
     ppo: PpoStage = PpoStage()
     samples: int = 8192
     validation: int = 800
-    max_drop: float = 1.0
+    max_drop: float = 0.5
     seed: int = 0
     save_every: int = 20

@@ -89,18 +89,18 @@ def test_the_processor_tells_the_question_from_the_template(tiny: Tiny) -> None:
     def seen(ids: list[int]) -> Any:
         shown = inputs["input_ids"].clone()
         shown[0, places] = torch.tensor(ids * 2)
-        probs: list[torch.Tensor] = []
+        logits: list[torch.Tensor] = []
         original = pruner.select
 
         def select(visual: Any, budget: Any) -> Any:
-            probs.append(pruner.keep_probs(visual))
+            logits.append(pruner.look(pruner.encode(visual), visual, visual.mask).logits)
             return original(visual, budget)
 
         pruner.select = select  # type: ignore[method-assign]
         with tprl.prune(tiny.model, pruner, budget=4, processor=processor), torch.no_grad():
             tiny.model(**{**inputs, "input_ids": shown})
         del pruner.select
-        return probs[0]
+        return logits[0]
 
     one = seen([word, user, user, user, user, user])
     assert torch.equal(seen([word, assistant, end, start, end, assistant]), one)

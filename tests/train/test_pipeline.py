@@ -26,7 +26,8 @@ SETTINGS = [
     "--set.imitate.demonstrations", 32, "--set.imitate.epochs", 2, "--set.imitate.batch", 8,
     "--set.imitate.budgets", 8, 4, 2, "--set.imitate.teachers", "text-attention", "fastervlm", "divprune", "search",
     "--set.imitate.search-rounds", 3, "--set.imitate.search-children", 2,
-    "--set.ppo.epochs", 4, "--set.ppo.questions", 4, "--set.ppo.rollouts", 3, "--set.ppo.minibatch", 6,
+    "--set.ppo.epochs", 4, "--set.ppo.horizon", 3, "--set.ppo.questions", 4, "--set.ppo.rollouts", 3,
+    "--set.ppo.minibatch", 6,
 ]  # fmt: skip
 
 

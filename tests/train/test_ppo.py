@@ -10,7 +10,7 @@ from tprl.config import PpoStage, TrainConfig
 from tprl.train.ppo import Rollouts, advantages, improve, ppo_loss, ppo_stage, roll_out
 from train.puzzle import COUNT, Puzzle, make_pruner
 
-SETTINGS = PpoStage(gamma=0.99, questions=6, rollouts=4, minibatch=24, update_epochs=1, discount=0.8)
+SETTINGS = PpoStage(horizon=3, gamma=0.99, questions=6, rollouts=4, minibatch=24, update_epochs=1, discount=0.8)
 INDICES = list(range(6))
 
 

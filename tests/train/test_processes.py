@@ -25,7 +25,7 @@ from train.puzzle import COUNT, Puzzle, make_pruner
 SETTINGS = TrainConfig(
     AutoencoderStage(steps=3, pictures=5, learning_rate=1e-2),
     ImitateStage(batch=7, epochs=1, learning_rate=1e-2),
-    PpoStage(epochs=3, questions=5, rollouts=3, minibatch=7, actor_learning_rate=1e-2, entropy_coeff=0.01),
+    PpoStage(epochs=3, questions=5, rollouts=3, horizon=3, minibatch=7, actor_learning_rate=1e-2, entropy_coeff=0.01),
 )
 
 

@@ -66,6 +66,8 @@ class ImitateStage:
             ``tprl.demonstrations.Search``.
         margin: return by which another teacher has to beat the first of them to be imitated instead. Teachers blind
             to the question often win by a hair, and a policy that imitates them learns to keep whatever there is.
+        beta: weight of the tokens removed in a demonstration's return. All teachers remove as many, so it says how much
+            of the answer's score a demonstration may cost.
         budgets: tokens kept after every step of a demonstration, falling.
         search_rounds: generations of the search.
         search_children: subsets that are tried in a generation; a search scores ``search_rounds * search_children``
@@ -78,6 +80,7 @@ class ImitateStage:
     demonstrations: int = 8192
     teachers: tuple[str, ...] = ("text-attention", "fastervlm", "divprune")
     margin: float = 0.2
+    beta: float = 0.03
     budgets: tuple[int, ...] = (64, 32, 16)
     search_rounds: int = 8
     search_children: int = 4

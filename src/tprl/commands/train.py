@@ -33,7 +33,7 @@ QUICK = TrainConfig(
 
 PAPER = TrainConfig(
     AutoencoderStage(steps=10_000, pictures=1, learning_rate=1e-4),
-    ImitateStage(demonstrations=50_000, epochs=5, batch=128, learning_rate=5e-5),
+    ImitateStage(demonstrations=50_000, beta=0.1, epochs=5, batch=128, learning_rate=5e-5),
     PpoStage(
         epochs=200, questions=64, rollouts=1, horizon=3, discount=0.5, beta=0.1, gamma=0.99, baseline="critic",
         minibatch=16, update_epochs=4, actor_learning_rate=1e-5, critic_learning_rate=3e-5, entropy_coeff=0.01,

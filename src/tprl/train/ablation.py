@@ -114,4 +114,4 @@ def _parts(stages: tuple[str, ...]) -> list[tuple[str, ...]]:
 
 def _reward_only(settings: PpoStage) -> PpoStage:
     """PPO's settings as far as demonstrations are chosen by them."""
-    return PpoStage(score=settings.score, alpha=settings.alpha, beta=settings.beta, gamma=settings.gamma)
+    return PpoStage(score=settings.score, alpha=settings.alpha, gamma=settings.gamma)

@@ -84,7 +84,7 @@ def _key(train: EncodedSamples, count: int, config: TrainConfig) -> str:
     parts = [
         [(sample.image_id, sample.question, sample.answers) for sample in train.samples[:count]],
         [settings.teachers, settings.margin, settings.budgets, settings.search_rounds, settings.search_children],
-        [ppo.score, ppo.alpha, ppo.beta, ppo.gamma],
+        [ppo.score, ppo.alpha, settings.beta, ppo.gamma],
         config.seed if drawn else None,
     ]
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]
@@ -213,7 +213,7 @@ def _demonstrate(
         unpruned_scores(train, indices, kind),
         MemoScore(worth_function(train, indices, visual.tokens, kind, pictures)),
         config.ppo.alpha,
-        config.ppo.beta,
+        settings.beta,
         config.ppo.gamma,
         settings.margin,
         search,

@@ -230,18 +230,16 @@ def main(
             compared in float32 too.
         out: JSON file to write to.
     """
+    lvlm = open_lvlm("pocket-llava", dtype)
+    precise = lvlm if lvlm.model.dtype == torch.float32 else open_lvlm("pocket-llava", "float32")
+    pruner = TokenPruner.from_pretrained(SHIPPED_PRUNER, lvlm.fingerprint)
+    source: Source = load_source(data, "val", max(questions, *batches, 1))
+    settings = PpoStage(questions=questions, rollouts=rollouts, horizon=3, score="correct")
     results: dict[str, list[Row]] = {}
-    lvlms = [open_lvlm("pocket-llava", dtype)]
-    if lvlms[0].model.dtype != torch.float32:
-        lvlms.insert(0, open_lvlm("pocket-llava", "float32"))
-    for lvlm in lvlms:
-        pruner = TokenPruner.from_pretrained(SHIPPED_PRUNER, lvlm.fingerprint)
-        source: Source = load_source(data, "val", max(questions, *batches, 1))
-        encoded = EncodedSamples(lvlm, source, cache_folder())
-        settings = PpoStage(questions=questions, rollouts=rollouts, horizon=3, score="correct")
-        results[f"engine and plain loop, {lvlm.model.dtype}".replace("torch.", "")] = against_the_loop(
-            lvlm, pruner, encoded, questions, episodes, settings
-        )
+    for measured in dict.fromkeys((precise, lvlm)):
+        encoded = EncodedSamples(measured, source, cache_folder())
+        title = f"engine and plain loop, {measured.model.dtype}".replace("torch.", "")
+        results[title] = against_the_loop(measured, pruner, encoded, questions, episodes, settings)
     results["visual tokens"] = [
         {"visual_tokens": side**2, **play(pruner, Resized(encoded, side), questions, settings)[1]} for side in sides
     ]

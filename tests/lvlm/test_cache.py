@@ -12,8 +12,9 @@ from tprl.evaluate.latency import prompt_inputs
 from tprl.lvlm import shards
 from tprl.lvlm.cache import EncodedSamples
 from tprl.lvlm.model import Lvlm
-from tprl.lvlm.score import AnswerScores
+from tprl.lvlm.score import AnswerScores, Within
 from tprl.scoring import score
+from tprl.selectors.in_model import FastV
 
 
 @pytest.fixture(scope="module")
@@ -74,17 +75,19 @@ def test_samples_that_look_at_the_same_tokens_share_a_row(
     monkeypatch.setattr(encoded.scorer, "score", counting)
     together = encoded.score(indices, tokens, keep, pictures=pictures)
     assert read == [4]
+    encoded.score(indices, tokens, keep, Within(FastV(), 2), pictures)
+    assert read == [4, 6]  # each question is pruned for by itself
     torch.testing.assert_close(together.log_prob, torch.cat([one.log_prob for one in alone]))
     assert together.correct.tolist() == [bool(one.correct) for one in alone]
     assert len(set(together.log_prob.tolist())) == 6
 
 
 def test_questions_about_one_picture_share_a_row(encoded: EncodedSamples) -> None:
-    firsts = [encoded.questions[image_id][0] for image_id in encoded.image_ids]
-    pictures, every = encoded.visual(firsts), encoded.visual(range(24))
+    every = encoded.visual(range(24))
     keep = torch.rand(6, 16, generator=torch.Generator().manual_seed(0)) < 0.5
-    indices, shared = encoded.picture_accuracy(encoded.image_ids, pictures.tokens, keep)
-    assert sorted(indices) == list(range(24))
+    visual, indices, pictures = encoded.by_picture(encoded.image_ids[::-1])
+    assert indices == [index for first in range(20, -1, -4) for index in range(first, first + 4)]
+    shared = encoded.accuracy(indices, visual.tokens, keep.flip(0)[pictures], pictures=pictures)
     alone = encoded.accuracy(range(24), every.tokens, keep.repeat_interleave(4, 0))
     torch.testing.assert_close(shared, alone[indices])
     assert encoded.answers(indices, every.tokens[indices], every.mask[indices]) == [

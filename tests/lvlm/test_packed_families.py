@@ -10,6 +10,7 @@ import pytest
 import torch
 from PIL import Image
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 from transformers import Gemma3TextConfig
 
 from lvlm.processors import processor_of
@@ -20,7 +21,7 @@ from tprl.lvlm.cache import EncodedSamples
 from tprl.lvlm.model import Lvlm
 from tprl.lvlm.packing import IGNORE
 from tprl.lvlm.prune import prune
-from tprl.lvlm.score import AnswerScorer
+from tprl.lvlm.score import AnswerScorer, AnswerScores
 from tprl.lvlm.text_attention import text_attention
 from tprl.types import Selection, VisualTokens
 
@@ -96,9 +97,18 @@ def log_prob(encoded: EncodedSamples, index: int, keep: Tensor, **options: Any) 
     return -float(output.loss), bool((output.logits[0, -len(answer) - 1 : -1].argmax(-1) == answer).all())
 
 
+def scored(encoded: EncodedSamples, keep: dict[str, Tensor]) -> AnswerScores:
+    """Scores of all samples in order, where questions about a picture see the same tokens."""
+    visual, indices, pictures = encoded.by_picture(encoded.image_ids)
+    masks = pad_sequence([keep[image_id] for image_id in encoded.image_ids], batch_first=True)
+    scores = encoded.score(indices, visual.tokens, masks[pictures], pictures=pictures)
+    order = torch.tensor(indices).argsort()
+    return AnswerScores(scores.log_prob[order], scores.correct[order])
+
+
 def test_scores_are_those_of_the_pruned_model(encoded: EncodedSamples) -> None:
     keep = keeps(encoded)
-    scores = encoded.score_shared(keep, "")
+    scores = scored(encoded, keep)
     everything = encoded.unpruned
     for index, sample in enumerate(encoded.samples):
         kept = keep[sample.image_id]
@@ -180,11 +190,11 @@ def test_sliding_windows_count_a_questions_own_tokens(attention: str, tmp_path: 
         lvlm = Lvlm(make("gemma3", torch.float32, attention).model, processor_of("gemma3"))
     encoded = EncodedSamples(lvlm, Pictures(), tmp_path)
     keep = keeps(encoded)
-    scores = encoded.score_shared(keep, "")
+    scores = scored(encoded, keep)
     wanted = [log_prob(encoded, index, keep[sample.image_id])[0] for index, sample in enumerate(encoded.samples)]
     torch.testing.assert_close(scores.log_prob, torch.tensor(wanted), rtol=1e-4, atol=1e-4)
     encoded.scorer.language.config.sliding_window = 512
-    assert (encoded.score_shared(keep, "").log_prob - torch.tensor(wanted)).abs().max() > FAR
+    assert (scored(encoded, keep).log_prob - torch.tensor(wanted)).abs().max() > FAR
 
 
 def test_other_attention_is_refused() -> None:

@@ -29,11 +29,8 @@ def test_it_is_what_each_question_alone_attends_to(tmp_path: Path) -> None:
             seen = decoder(inputs_embeds=embeds, output_attentions=True).attentions
         alone = torch.stack(seen)[:, 0, :, start + len(tokens) :, start : start + len(tokens)].mean(1)
         assert len(alone) == 6  # a quarter of them is one
-        strongest = torch.stack(
-            [
-                alone[layer, place] * (1 + (place == len(prompt) - 1))
-                for layer in range(1, 6)
-                for place in range(len(prompt))
-            ]
-        )
-        torch.testing.assert_close(together[row], strongest.amax(0))
+        doubled = torch.ones(len(prompt), 1)
+        doubled[-1] = 2
+        torch.testing.assert_close(together[row], (doubled * alone[1:]).amax((0, 1)))
+        for wrong in (doubled * alone, alone[1:], (doubled * alone[1:])[:, -1:]):
+            assert not torch.allclose(together[row], wrong.amax((0, 1)), atol=1e-6)

@@ -24,7 +24,6 @@ class Puzzle:
         self.needed = torch.randint(COUNT, (questions,), generator=generator)
         self.order = torch.stack([torch.randperm(COUNT, generator=generator) for _ in range(questions)])
         self.image_ids = list(range(questions))
-        self.questions = {image_id: [image_id] for image_id in self.image_ids}
         self.unpruned = AnswerScores(torch.zeros(questions), torch.ones(questions, dtype=torch.bool))
 
     def __len__(self) -> int:
@@ -54,13 +53,18 @@ class Puzzle:
         found = keep_mask.gather(1, self.place(indices)[:, None])[:, 0]
         return AnswerScores(torch.where(found, 0.0, LOST), found)
 
-    def accuracy(self, indices: Sequence[int], tokens: Tensor, keep_mask: Tensor) -> Tensor:
-        return self.score(indices, tokens, keep_mask).correct.float()
+    def accuracy(
+        self,
+        indices: Sequence[int],
+        tokens: Tensor,
+        keep_mask: Tensor,
+        within: None = None,
+        pictures: Tensor | None = None,
+    ) -> Tensor:
+        return self.score(indices, tokens, keep_mask, within, pictures).correct.float()
 
-    def picture_accuracy(
-        self, image_ids: Sequence[int], tokens: Tensor, keep_mask: Tensor
-    ) -> tuple[Sequence[int], Tensor]:
-        return image_ids, self.accuracy(image_ids, tokens, keep_mask)
+    def by_picture(self, image_ids: Sequence[int]) -> tuple[VisualTokens, Sequence[int], Tensor]:
+        return self.visual(image_ids), image_ids, torch.arange(len(image_ids))
 
 
 def make_pruner(seed: int = 0) -> TokenPruner:

@@ -1,9 +1,21 @@
 """Demonstrations become targets, and targets become a policy."""
 
+from pathlib import Path
+
 import torch
 
+from evaluate.world import World, tiny_lvlm
+from tprl.config import ImitateStage, PpoStage, TrainConfig
 from tprl.demonstrations import MemoScore
-from tprl.train.imitate import imitation_loss, survival_targets, unpruned_scores, worth_function
+from tprl.lvlm.cache import EncodedSamples
+from tprl.run import RunFolder
+from tprl.train.imitate import (
+    collect_demonstrations,
+    imitation_loss,
+    survival_targets,
+    unpruned_scores,
+    worth_function,
+)
 from train.puzzle import Puzzle, make_pruner
 
 
@@ -55,3 +67,32 @@ def test_scores_of_all_steps_come_in_one_call() -> None:
         assert scores[1, 1] == best
         assert scores[1, 0] == (best if int(puzzle.place([4])) == 0 else lost)
         assert unpruned_scores(puzzle, indices, kind).tolist() == [best] * 3  # type: ignore[arg-type]
+
+
+def test_what_a_demonstration_may_cost_is_a_setting_of_its_own(tmp_path: Path) -> None:
+    data = EncodedSamples(tiny_lvlm(), World(), tmp_path / "cache")
+
+    def liked(beta: float, of_ppo: float) -> list[int]:
+        imitate = ImitateStage(demonstrations=24, teachers=("uniform",), budgets=(8, 4, 2), beta=beta)
+        run = RunFolder(tmp_path / f"{beta}-{of_ppo}", {})
+        return collect_demonstrations(
+            run, data, TrainConfig(imitate=imitate, ppo=PpoStage(beta=of_ppo))
+        ).indices.tolist()
+
+    assert liked(100.0, 0.0) == list(range(24))
+    strict = liked(0.0, 100.0)
+    assert 0 < len(strict) < 24
+    assert liked(0.0, 0.5) == strict
+    assert len(list(data.folder.glob("demonstrations-*"))) == 2
+
+
+def test_questions_about_one_picture_are_worth_what_each_is_by_itself(tmp_path: Path) -> None:
+    data = EncodedSamples(tiny_lvlm(), World(), tmp_path)
+    indices, rows = [2, 6, 0, 1], torch.arange(4)
+    tokens = data.visual(indices).tokens
+    masks = torch.tensor([[True, False] * 8]).expand(4, -1)
+    alone = worth_function(data, indices, tokens, "log_likelihood")(rows, masks)
+    together = worth_function(data, indices, tokens, "log_likelihood", torch.tensor([0, 1, 0, 0]))(rows, masks)
+    torch.testing.assert_close(together, alone)
+    wrong = worth_function(data, indices, tokens, "log_likelihood", torch.tensor([1, 0, 1, 1]))(rows, masks)
+    assert (wrong - alone).abs().min() > 1e-4

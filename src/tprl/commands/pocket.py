@@ -4,9 +4,9 @@ import json
 from collections.abc import Iterator
 from pathlib import Path
 
-import torch
+from torch.optim.swa_utils import AveragedModel
 
-from tprl.checkpoint import load_checkpoint, prefixed, with_prefix
+from tprl.checkpoint import load_checkpoint
 from tprl.pocket.assemble import DELTA, pocket_llava, save_delta
 from tprl.pocket.base import image_token_id, load_base
 from tprl.pocket.joint import JOINT, JointConfig, load_weights, train_joint
@@ -50,11 +50,15 @@ def pack(runs: tuple[Path, ...], *, out: Path = DELTA) -> None:
             (arXiv 2203.05482).
         out: the file to write.
     """
+    if not runs:
+        raise ValueError("name the folder of a training, or of several")
     base, tokenizer = load_base()
     llava = new_llava(base, image_token_id(tokenizer))
-    trained = [with_prefix(load_checkpoint(run / JOINT)[0], "model.") for run in runs]
-    mean = {name: torch.stack([weights[name] for weights in trained]).mean(0) for name in trained[0]}
-    load_weights(llava, prefixed(mean.items(), "model."))
+    mean = AveragedModel(llava)
+    for run in runs:
+        load_weights(llava, load_checkpoint(run / JOINT)[0])
+        mean.update_parameters(llava)
+    llava.load_state_dict(mean.module.state_dict())
     out.parent.mkdir(parents=True, exist_ok=True)
     save_delta(to_delta(llava, base), out)
     print(f"wrote {out}, {out.stat().st_size / 1e6:.1f} MB")

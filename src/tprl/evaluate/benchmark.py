@@ -169,8 +169,7 @@ class Benchmark:
         scores, kept = torch.zeros(len(self.encoded)), torch.zeros(len(self.encoded), dtype=torch.int64)
         image_ids = self.encoded.image_ids
         for start in track(range(0, len(image_ids), PICTURES_AT_ONCE), title):
-            chosen = image_ids[start : start + PICTURES_AT_ONCE]
-            visual = self.encoded.visual([self.encoded.questions[image_id][0] for image_id in chosen])
+            visual, indices, pictures = self.encoded.by_picture(image_ids[start : start + PICTURES_AT_ONCE])
             tokens, keep_mask = visual.tokens, visual.mask
             if blind:
                 tokens, keep_mask = tokens[:, :0], keep_mask[:, :0]
@@ -178,10 +177,8 @@ class Benchmark:
                 selection = method.select(visual)
                 keep_mask = selection.keep_mask
                 tokens = tokens if selection.tokens is None else selection.tokens
-            indices, scored = self.encoded.picture_accuracy(chosen, tokens, keep_mask)
-            scores[indices] = scored
-            for image_id, count in zip(chosen, keep_mask.sum(1).tolist(), strict=True):
-                kept[self.encoded.questions[image_id]] = count
+            scores[indices] = self.encoded.accuracy(indices, tokens, keep_mask[pictures], pictures=pictures)
+            kept[indices] = keep_mask.sum(1).cpu()[pictures]
         return Cell(scores.tolist(), kept.tolist())
 
     def _timed_inputs(self) -> list[BatchFeature]:

@@ -76,6 +76,14 @@ class EncodedSamples:
         visual = self.lvlm.visual_tokens(features, [self.samples[i].question for i in indices])
         return visual.to(self.lvlm.device)
 
+    def by_picture(self, image_ids: Sequence[str]) -> tuple[VisualTokens, list[int], Tensor]:
+        """Some pictures, a row each, with the first question about each; the indices of all samples about them; and
+        the row of each sample's picture, int64."""
+        asked = [self.questions[image_id] for image_id in image_ids]
+        rows = [row for row, questions in enumerate(asked) for _ in questions]
+        visual = self.visual([questions[0] for questions in asked])
+        return visual, [i for questions in asked for i in questions], torch.tensor(rows)
+
     def features(self, image_id: str) -> EncodedPicture:
         """One picture as the language model is shown it."""
         return self._shards.picture(image_id)
@@ -117,6 +125,7 @@ class EncodedSamples:
             self._prompts[index] = before, Block(whole, len(prompt))
         return self._prompts[index]
 
+    @phase("score")
     def score(
         self,
         indices: Sequence[int],
@@ -126,7 +135,7 @@ class EncodedSamples:
         pictures: Tensor | None = None,
     ) -> AnswerScores:
         """Scores of the reference answers of samples ``indices`` from the kept tokens. Samples that look at the same
-        tokens of one picture are read in one row.
+        tokens of one picture share a row, unless ``within`` is given.
 
         Args:
             tokens: ``(P, N, D)``.
@@ -134,95 +143,61 @@ class EncodedSamples:
             within: drops more tokens inside the language model.
             pictures: int64 ``(B,)``, the row of ``tokens`` that each sample looks at; each has its own where None.
         """
-        given = range(len(indices)) if pictures is None else pictures.tolist()
-        if within is not None:
-            return self._scored(indices, tokens, keep_mask, [[self.block(i)] for i in indices], within, pictures)
+        given = list(range(len(indices))) if pictures is None else pictures.tolist()
         bits = np.packbits(keep_mask.cpu().numpy(), axis=1)
-        shared: dict[tuple[int, bytes], list[int]] = {}
+        shared: dict[tuple[Any, ...], list[int]] = {}
         for place, picture in enumerate(given):
-            shared.setdefault((picture, bits[place].tobytes()), []).append(place)
+            alone = place if within else None  # a method inside the language model prunes for one question
+            shared.setdefault((picture, bits[place].tobytes(), alone), []).append(place)
         rows = list(shared.values())
         first = [places[0] for places in rows]
         blocks = [[self.block(indices[place]) for place in places] for places in rows]
-        firsts, looked_at = (
-            [indices[place] for place in first],
-            torch.tensor([given[place] for place in first], dtype=torch.int64),
-        )
-        scores = self._scored(firsts, tokens, keep_mask[first], blocks, None, looked_at)
+        looked_at = torch.tensor([given[place] for place in first], dtype=torch.int64)
+        prefix = self.prefix([indices[place] for place in first], tokens.shape[1] > 0)
+        scores = self.scorer.score(prefix, tokens, keep_mask[first], blocks, within, looked_at)
         back = torch.tensor([place for places in rows for place in places], dtype=torch.int64).argsort()
         return AnswerScores(scores.log_prob[back], scores.correct[back])
 
-    @phase("score")
-    def _scored(
+    def accuracy(
         self,
-        firsts: Sequence[int],
+        indices: Sequence[int],
         tokens: Tensor,
         keep_mask: Tensor,
-        rows: Sequence[Sequence[Block]],
         within: Within | None = None,
         pictures: Tensor | None = None,
-    ) -> AnswerScores:
-        """Scores of rows whose first questions are those of samples ``firsts``."""
-        return self.scorer.score(self.prefix(firsts, tokens.shape[1] > 0), tokens, keep_mask, rows, within, pictures)
-
-    def accuracy(
-        self, indices: Sequence[int], tokens: Tensor, keep_mask: Tensor, within: Within | None = None
     ) -> Tensor:
-        """How right the greedy answers to samples ``indices`` are, one row each.
+        """How right the greedy answers to samples ``indices`` are; arguments as for ``score``.
 
         Where one text is accepted, 1 exactly if greedy decoding yields it, which one teacher-forced pass tells. Boxes
         and samples with several accepted answers are answered token by token and scored by ``tprl.scoring.score``.
-
-        Args:
-            tokens: ``(B, N, D)``; where ``N`` is 0, the prompts are asked without any picture.
-            keep_mask: bool ``(B, N)``.
-            within: drops more tokens inside the language model.
+        Where ``N`` is 0, the prompts are asked without any picture.
 
         Returns:
             float32 ``(B,)`` in [0, 1].
         """
         result = torch.zeros(len(indices))
-        told = torch.tensor([self._one_text(i) for i in indices], dtype=torch.bool, device=keep_mask.device)
+        pictures = torch.arange(len(indices)) if pictures is None else pictures
+        told = torch.tensor([self._one_text(i) for i in indices], dtype=torch.bool)
         if bool(told.any()):
             chosen = [i for i in indices if self._one_text(i)]
-            result[told.cpu()] = self.score(chosen, tokens[told], keep_mask[told], within).correct.float()
+            result[told] = self.score(chosen, tokens, keep_mask[told], within, pictures[told]).correct.float()
         asked = [i for i in indices if not self._one_text(i)]
         if asked:
-            answers = self.answers(asked, tokens[~told], keep_mask[~told], within)
+            answers = self.answers(asked, tokens[pictures[~told]], keep_mask[~told], within)
             scores = [score(self.samples[i], answer) for i, answer in zip(asked, answers, strict=True)]
-            result[~told.cpu()] = torch.tensor(scores)
+            result[~told] = torch.tensor(scores)
         return result
-
-    def picture_accuracy(self, image_ids: Sequence[str], tokens: Tensor, keep_mask: Tensor) -> tuple[list[int], Tensor]:
-        """``accuracy`` of all samples on some pictures, where what is kept depends on the picture alone, so that its
-        questions share one row.
-
-        Args:
-            tokens: ``(P, N, D)``, a row a picture.
-            keep_mask: bool ``(P, N)``.
-
-        Returns:
-            The samples' indices, and float32 in [0, 1] for each.
-        """
-        told = [[i for i in self.questions[image_id] if self._one_text(i)] for image_id in image_ids]
-        asked = [(row, i) for row, image_id in enumerate(image_ids) for i in self.questions[image_id]]
-        asked = [(row, i) for row, i in asked if not self._one_text(i)]
-        indices, result = [i for row in told for i in row], torch.zeros(0)
-        if indices:
-            full = [row for row, questions in enumerate(told) if questions]
-            blocks = [[self.block(i) for i in told[row]] for row in full]
-            firsts = [told[row][0] for row in full]
-            result = self._scored(firsts, tokens[full], keep_mask[full], blocks).correct.float()
-        if asked:
-            rows = [row for row, _ in asked]
-            generated = self.accuracy([i for _, i in asked], tokens[rows], keep_mask[rows])
-            indices, result = indices + [i for _, i in asked], torch.cat([result, generated])
-        return indices, result
 
     def answers(
         self, indices: Sequence[int], tokens: Tensor, keep_mask: Tensor, within: Within | None = None
     ) -> list[str]:
-        """The greedy answers to samples ``indices`` as texts, one row each; arguments as for ``accuracy``."""
+        """The greedy answers to samples ``indices`` as texts, one row each.
+
+        Args:
+            tokens: ``(B, N, D)``.
+            keep_mask: bool ``(B, N)``.
+            within: drops more tokens inside the language model.
+        """
         blocks = [self.block(i) for i in indices]
         prompts = [block.ids[: block.answer_start] for block in blocks]
         prefix, end = self.prefix(indices, tokens.shape[1] > 0), blocks[0].ids[-1]
@@ -241,35 +216,17 @@ class EncodedSamples:
             text = "\n".join(f"{s.image_id}\t{s.question}\t{s.answers[0]}" for s in self.samples)
             path = self.folder / f"unpruned-{hashlib.sha256(text.encode()).hexdigest()[:16]}.safetensors"
             if not path.exists():
-                scores = self.score_shared(dict.fromkeys(self.image_ids), "unpruned answers")
+                scores = self._score_everything()
                 save_checkpoint(path, {"log_prob": scores.log_prob, "correct": scores.correct}, {})
             self._unpruned = AnswerScores(**load_checkpoint(path)[0])
         return self._unpruned
 
-    def score_shared(
-        self, keep: dict[str, Tensor | None], label: str, tokens: dict[str, Tensor] | None = None
-    ) -> AnswerScores:
-        """Scores of all samples where the kept tokens depend on the picture alone, so its questions share one row.
-
-        Args:
-            keep: keep mask ``(n,)`` of every picture; None keeps all.
-            label: what the progress bar says.
-            tokens: changed tokens of pictures, from selectors that merge.
-        """
+    def _score_everything(self) -> AnswerScores:
         log_prob, correct = torch.zeros(len(self)), torch.zeros(len(self), dtype=torch.bool)
-        for start in track(range(0, len(self.image_ids), 8), label):
-            chosen = self.image_ids[start : start + 8]
-            shown = [tokens[i] if tokens and i in tokens else self.features(i).tokens for i in chosen]
-            given = [keep[i] for i in chosen]
-            masks = [
-                torch.ones(len(part), dtype=torch.bool) if mask is None else mask
-                for mask, part in zip(given, shown, strict=True)
-            ]
-            rows = [[self.block(i) for i in self.questions[image_id]] for image_id in chosen]
-            firsts = [self.questions[image_id][0] for image_id in chosen]
-            scores = self._scored(firsts, pad_sequence(shown, True), pad_sequence(masks, True), rows)
-            at = torch.tensor([i for image_id in chosen for i in self.questions[image_id]])
-            log_prob[at], correct[at] = scores.log_prob, scores.correct
+        for start in track(range(0, len(self.image_ids), 8), "unpruned answers"):
+            visual, indices, pictures = self.by_picture(self.image_ids[start : start + 8])
+            scores = self.score(indices, visual.tokens, visual.mask[pictures], pictures=pictures)
+            log_prob[indices], correct[indices] = scores.log_prob, scores.correct
         return AnswerScores(log_prob, correct)
 
 

@@ -20,8 +20,8 @@ def text_attention(reader: RowReader, prefix: Prefix, tokens: Tensor, blocks: li
     """The greatest attention, mean over heads, that any token of a question pays to each visual token in any decoder
     layer but the first quarter, which do not look for answers yet. That of the last prompt token counts twice.
 
-    What is asked for and what it is compared with are looked up in different layers, and what the question names by
-    other tokens than the answer. A mean would let a thing with many patches hide what is looked at once.
+    What is asked for and what it is compared with are looked up in different layers and by different tokens, and what
+    is looked at once is to count as much as what all look at.
 
     Args:
         reader: of the language model.
@@ -42,9 +42,8 @@ def _attention(reader: RowReader, prefix: Prefix, tokens: Tensor, blocks: list[B
     everything = torch.ones(1, len(tokens), dtype=torch.bool, device=tokens.device)
     packed, inputs = reader.prepare(prefix, tokens, everything, [blocks])
     lengths = [block.answer_start for block in blocks]
-    starts = torch.tensor([0, *(len(block.ids) for block in blocks)]).cumsum(0)[:-1]
-    first = [int(packed.start) + start for start in starts.tolist()]
-    asking = torch.cat([torch.arange(at, at + length) for at, length in zip(first, lengths, strict=True)])
+    starts = packed.start + torch.tensor([0, *(len(block.ids) for block in blocks)]).cumsum(0)[:-1]
+    asking = torch.cat([start + torch.arange(length) for start, length in zip(starts, lengths, strict=True)])
     places = asking[None].to(packed.visual.device)
     seen = torch.zeros(len(asking), len(tokens), device=places.device)
 

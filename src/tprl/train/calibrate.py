@@ -33,10 +33,8 @@ def unpruned_accuracy(data: EncodedSamples) -> Tensor:
     """Per sample, with every token kept; questions about one picture together."""
     scores, own = torch.zeros(len(data)), data.image_ids[processes.mine()]
     for first in track(range(0, len(own), PICTURES), "unpruned"):
-        chosen = own[first : first + PICTURES]
-        visual = data.visual([data.questions[image_id][0] for image_id in chosen])
-        indices, scored = data.picture_accuracy(chosen, visual.tokens, visual.mask)
-        scores[indices] = scored
+        visual, indices, pictures = data.by_picture(own[first : first + PICTURES])
+        scores[indices] = data.accuracy(indices, visual.tokens, visual.mask[pictures], pictures=pictures)
     return processes.total(scores)
 
 

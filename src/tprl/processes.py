@@ -1,9 +1,10 @@
-"""Training by several processes at once, started by ``accelerate launch``. Alone, all of this does nothing.
+"""Training and measuring by several processes at once, started by ``accelerate launch``. Alone, all of this does
+nothing.
 
 Every process holds the same pruner and draws the same random numbers, so all take the same decisions without talking.
 What takes long, scores and gradients, is shared row by row and added up, so that the result depends on the number of
-processes no more than a sum does on its order. The run is written by the first process alone; demonstrations by
-whichever makes them.
+processes no more than a sum does on its order. Runs and results are written by the first process alone; demonstrations
+by whichever makes them.
 """
 
 from collections.abc import Iterable, Iterator
@@ -22,8 +23,11 @@ def joined(device: str) -> Iterator[str]:
     """Work together with the other processes of the launch, if there are any; gives the device of this one.
 
     Args:
-        device: "cpu" joins them by gloo, "cuda" by NCCL, with a GPU each.
+        device: "cpu" joins them by gloo, "cuda" by NCCL, with a GPU each. Where they are joined already, this one's.
     """
+    if distributed.is_initialized():
+        yield device
+        return
     from accelerate import PartialState
 
     state = PartialState(cpu=device == "cpu", timeout=PATIENCE)

@@ -1,6 +1,8 @@
 """The table of a tiny model, its numbers computed again one sample at a time."""
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -54,7 +56,7 @@ def methods(pruner: TokenPruner) -> list[Method]:
 @pytest.fixture(scope="module")
 def out(lvlm: Lvlm, methods: list[Method], tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("results")
-    Benchmark(lvlm, "tiny", World(), methods, folder / "out", folder / "cache", seed=5).run()
+    measured(lvlm, "tiny", World(), methods, folder / "out", folder / "cache", seed=5)
     return folder / "out"
 
 
@@ -78,6 +80,12 @@ def generated(lvlm: Lvlm, source: Source, index: int) -> str:
     end = lvlm.processor.tokenizer.convert_tokens_to_ids("[end]")
     output = lvlm.model.generate(**inputs, max_new_tokens=4, do_sample=False, eos_token_id=end)
     return lvlm.processor.tokenizer.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+
+
+def measured(*given: Any, **options: Any) -> dict[str, Any]:
+    run = Benchmark(*given, **options)
+    run.measure()
+    return run.results()
 
 
 def run(files: Path, out: str = "out", **options: Any) -> None:
@@ -106,6 +114,7 @@ def test_results_hold_what_they_should(results: dict[str, Any]) -> None:
     )  # fmt: skip
     assert len(results["rows"]) == 2 * len(METHODS) + 1
     assert [row["budget"] for row in results["rows"]].count(None) == 1
+    assert len({row["prefill_ms_unpruned"] for row in results["rows"]}) == 1, "all methods take turns in one run"
     for row in results["rows"]:
         assert list(row) == ROW
         assert row["drop_points"] == pytest.approx(100 * (row["accuracy_unpruned"] - row["accuracy"]))
@@ -195,11 +204,11 @@ def test_resumed_equals_uninterrupted(
     lvlm: Lvlm, methods: list[Method], out: Path, results: Any, tmp_path: Path
 ) -> None:
     cache = out.parent / "cache"
-    Benchmark(lvlm, "tiny", World(), methods[:3], tmp_path / "out", cache, seed=5).run()
+    measured(lvlm, "tiny", World(), methods[:3], tmp_path / "out", cache, seed=5)
     (tmp_path / "out" / "results.json").unlink()
     (tmp_path / "out" / "cells" / "blind.json").unlink()
     kept = (tmp_path / "out" / "cells" / "tprl-8.json").read_text()
-    again = Benchmark(lvlm, "tiny", World(), methods, tmp_path / "out", cache, seed=5, resume=True).run()
+    again = measured(lvlm, "tiny", World(), methods, tmp_path / "out", cache, seed=5, resume=True)
     assert without_times(again) == without_times(results)
     assert (tmp_path / "out" / "cells" / "tprl-8.json").read_text() == kept
 
@@ -207,11 +216,11 @@ def test_resumed_equals_uninterrupted(
 def test_resume_refuses_cells_of_another_run(lvlm: Lvlm, out: Path, methods: list[Method]) -> None:
     cache = out.parent / "cache"
     with pytest.raises(ValueError, match=r"unpruned.json was made with seed 5 instead of 6; use another folder"):
-        Benchmark(lvlm, "tiny", World(), methods, out, cache, seed=6, resume=True).run()
+        measured(lvlm, "tiny", World(), methods, out, cache, seed=6, resume=True)
     config = PrunerConfig(lvlm.width, lvlm.fingerprint, 4, 8, 8, 1, 2)
     other = make_methods(["tprl"], (8,), TokenPruner(config).eval(), 0.45, True, 5)
     with pytest.raises(ValueError, match=r"tprl-8.json was made with pruner \w+ instead of \w+"):
-        Benchmark(lvlm, "tiny", World(), other, out, cache, seed=5, resume=True).run()
+        measured(lvlm, "tiny", World(), other, out, cache, seed=5, resume=True)
 
 
 def test_the_command(files: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -230,6 +239,26 @@ def test_the_command(files: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert len(json.loads((files / "out" / "results.json").read_text())["rows"]) == 6
     run(files, overwrite=True, methods="uniform", pruner=files / "none")
     assert len(list((files / "out" / "cells").iterdir())) == 4
+
+
+@pytest.mark.slow
+def test_two_processes_measure_what_one_does(files: Path) -> None:
+    sets = {"methods": "tprl,uniform,fastv", "cache": files / "cache"}
+    run(files, **sets)
+    launcher = [
+        *(sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"),
+        *("--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no", "-m", "tprl", "benchmark"),
+    ]
+    given = {
+        "data": files / "world.jsonl", "n": 12, "budgets": "8,3", "model": files / "model", "dtype": "float32",
+        "pruner": files / "pruner", "gallery": 0, **sets,
+    }  # fmt: skip
+    options = [str(part) for name, value in given.items() for part in (f"--{name}", value)]
+    told = subprocess.run([*launcher, files / "shared", *options], capture_output=True, text=True)
+    assert told.returncode == 0, told.stderr
+    one, two = (json.loads((files / name / "results.json").read_text()) for name in ("out", "shared/world"))
+    assert without_times(two) == without_times(one)
+    assert told.stdout.count("| tprl |") == 1 + 2
 
 
 @pytest.mark.parametrize(

@@ -2,8 +2,10 @@
 
 from pathlib import Path
 
+from tprl import processes
 from tprl.commands.evaluate import evaluate
 from tprl.commands.parse import parse_names
+from tprl.evaluate.benchmark import check_out
 from tprl.evaluate.methods import METHODS
 
 
@@ -41,7 +43,7 @@ def benchmark(
         gallery: number of cases of each set to draw for the report; 0 for none.
         seed: of random methods and of the confidence intervals.
         dtype: "auto", "float32" or "bfloat16".
-        device: "cpu" or "cuda".
+        device: "cpu" or "cuda"; each of several processes takes a GPU of its own.
         cache: folder where encoded pictures are kept between runs; $TPRL_CACHE or ~/.cache/tprl unless given.
         resume: go on with an interrupted run.
         overwrite: throw away what the folder holds.
@@ -49,11 +51,12 @@ def benchmark(
     sets = {Path(name).stem: name for name in parse_names(data)}
     if len(sets) < len(parse_names(data)):
         raise ValueError(f"the sets {data} need different file names, since each gets a folder of that name")
-    if out.exists() and not (resume or overwrite):
-        raise ValueError(f"{out} exists; --resume goes on with it, --overwrite throws its results away")
-    for folder, name in sets.items():
-        evaluate(
-            out / folder, data=name, split=split, n=n, budgets=budgets, methods=methods, model=model, pruner=pruner,
-            threshold=threshold, gallery=gallery, seed=seed, dtype=dtype, device=device, cache=cache, resume=resume,
-            overwrite=overwrite,
-        )  # fmt: skip
+    with processes.joined(device) as own_device:
+        if processes.is_first():
+            check_out(out, resume, overwrite)
+        for folder, name in sets.items():
+            evaluate(
+                out / folder, data=name, split=split, n=n, budgets=budgets, methods=methods, model=model,
+                pruner=pruner, threshold=threshold, gallery=gallery, seed=seed, dtype=dtype, device=own_device,
+                cache=cache, resume=resume, overwrite=overwrite,
+            )  # fmt: skip

@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 
 import tprl
+from tprl import processes
 from tprl.commands.parse import parse_budgets, parse_names
 from tprl.data import load_source
 from tprl.evaluate.benchmark import Benchmark
@@ -54,7 +55,7 @@ def evaluate(
         gallery: number of cases to draw for the report; 0 for none.
         seed: of random methods and of the confidence intervals.
         dtype: "auto", "float32" or "bfloat16".
-        device: "cpu" or "cuda".
+        device: "cpu" or "cuda"; each of several processes takes a GPU of its own.
         cache: folder where encoded pictures are kept between runs; $TPRL_CACHE or ~/.cache/tprl unless given.
         images: picture folder of a .jsonl file; the file's own unless given.
         skip_bad: leave out records of a .jsonl file that cannot be read.
@@ -63,19 +64,23 @@ def evaluate(
     """
     names, sizes = parse_names(methods), parse_budgets(budgets)
     check_names(names)
-    lvlm = open_lvlm(model, dtype, device)
-    fitting = None
-    if TokenPruner.name in names:
-        fitting = TokenPruner.from_pretrained(pruner or SHIPPED_PRUNER, lvlm.fingerprint).to(lvlm.device)
-    rows = make_methods(names, sizes, fitting, threshold, threshold_row, seed)
-    source = load_source(data, split, n, skip_bad, images)
-    known = _trained_on(pruner) if fitting else None
-    run = Benchmark(lvlm, model, source, rows, out, cache or cache_folder(), seed, resume, overwrite, known)
-    results = run.run()
-    write_tables(results, out)
-    if gallery:
-        write_gallery(lvlm, source, rows, run.cells["unpruned"], run.cells, out, gallery)
-    print(markdown_table(results))
+    with processes.joined(device) as own_device:
+        lvlm = open_lvlm(model, dtype, own_device)
+        fitting = None
+        if TokenPruner.name in names:
+            fitting = TokenPruner.from_pretrained(pruner or SHIPPED_PRUNER, lvlm.fingerprint).to(lvlm.device)
+        rows = make_methods(names, sizes, fitting, threshold, threshold_row, seed)
+        source = load_source(data, split, n, skip_bad, images)
+        known = _trained_on(pruner) if fitting else None
+        run = Benchmark(lvlm, model, source, rows, out, cache or cache_folder(), seed, resume, overwrite, known)
+        run.measure()
+        if not processes.is_first():
+            return
+        results = run.results()
+        write_tables(results, out)
+        if gallery:
+            write_gallery(lvlm, source, rows, run.cells["unpruned"], run.cells, out, gallery)
+        print(markdown_table(results))
 
 
 def _trained_on(pruner: Path | None) -> str | None:

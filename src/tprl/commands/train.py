@@ -6,7 +6,6 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Annotated
 
-import torch
 import tyro
 from rich.console import Console
 from rich.table import Table
@@ -15,7 +14,6 @@ from tprl import processes
 from tprl.config import AutoencoderStage, ImitateStage, PpoStage, PrunerConfig, TrainConfig
 from tprl.data import load_source
 from tprl.pocket.assemble import cache_folder, open_lvlm
-from tprl.pocket.precision import fastest_dtype
 from tprl.pruner import TokenPruner
 from tprl.run import RunFolder
 from tprl.train.pipeline import STAGES
@@ -105,9 +103,6 @@ def train(
     )
     with processes.joined(device) as own_device:
         folder = RunFolder(run, asked, resume, overwrite, tensorboard)
-        if dtype == "auto":  # measured, so processes have to agree
-            fast = processes.agreed(fastest_dtype(own_device) == torch.bfloat16)
-            dtype = "bfloat16" if fast else "float32"
         lvlm = open_lvlm(model, dtype, own_device)
         sized: Callable[[int, str], PrunerConfig] = PrunerConfig.paper if preset == "paper" else PrunerConfig
         shape = replace(sized(lvlm.width, lvlm.fingerprint), use_question=use_question, use_autoencoder=use_autoencoder)

@@ -1,23 +1,24 @@
 """The table: methods under budgets, on the same model, samples and prompts, in one run that can be interrupted.
 
 Every (method, budget) is a cell, stored as soon as it is measured as ``cells/METHOD-BUDGET.json`` with the score of
-every question; all differences are paired per question. ``results.json`` is made of the cells alone.
+every question; all differences are paired per question. ``results.json`` is made of the cells and of prefills that all
+methods do in turns. Several processes, see ``tprl.processes``, share the questions of a cell; the first one writes.
 """
 
 import json
 import shutil
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 from transformers import BatchFeature
 
+from tprl import processes
 from tprl.data.sample import Source
 from tprl.evaluate.flops import encoded_tokens, kv_cache_mib, lvlm_flops
-from tprl.evaluate.latency import measure_prefill, prompt_inputs
+from tprl.evaluate.latency import measure_prefills, prompt_inputs
 from tprl.evaluate.methods import QUESTION_BLIND, Method, choice_flops
 from tprl.evaluate.provenance import commit, machine, pruner_digest, samples_digest, write_json
 from tprl.evaluate.statistics import bootstrap_ci95
@@ -40,15 +41,11 @@ class Cell:
         scores: of every sample, in [0, 1].
         kept: visual tokens that the language model saw for every sample; mean over its layers where those differ.
         selector_flops: FLOPs of choosing for one sample.
-        prefill_ms: median of a pruned prefill; 0 where nothing is pruned.
-        prefill_ms_unpruned: median of the unpruned prefill in the same run.
     """
 
     scores: list[float]
     kept: list[float]
     selector_flops: int = 0
-    prefill_ms: float = 0.0
-    prefill_ms_unpruned: float = 0.0
 
 
 class Benchmark:
@@ -67,7 +64,7 @@ class Benchmark:
         trained_on: name of the questions that the pruner was trained on, for the record.
 
     Attributes:
-        cells: what ``run`` measured or found, by label: "unpruned", "blind" and those of the methods.
+        cells: what ``measure`` measured or found, by label: "unpruned", "blind" and those of the methods.
 
     Raises:
         ValueError: ``out`` exists and neither ``resume`` nor ``overwrite`` is set, or both are, or a budget is not
@@ -88,11 +85,14 @@ class Benchmark:
         overwrite: bool = False,
         trained_on: str | None = None,
     ) -> None:
-        check_out(out, resume, overwrite)
+        if processes.is_first():
+            check_out(out, resume, overwrite)
+        processes.meet()
         _check_budgets(lvlm, source, methods)
         self.lvlm, self.model, self.source, self.methods, self.out, self.seed = lvlm, model, source, methods, out, seed
         signals = frozenset[str]().union(*(method.needs for method in methods))
-        self.encoded = EncodedSamples(lvlm, source, cache, signals)
+        with processes.first_alone():
+            self.encoded = EncodedSamples(lvlm, source, cache, signals)
         self._made_from = {
             "weights": weights_digest(lvlm),
             "dtype": str(lvlm.model.dtype).removeprefix("torch."),
@@ -101,13 +101,13 @@ class Benchmark:
         }
         self.trained_on = trained_on
         self.cells: dict[str, Cell] = {}
-        self._inputs: list[BatchFeature] = []
-        if overwrite and out.exists():
-            _clear(out)
-        (out / CELLS).mkdir(parents=True, exist_ok=True)
+        with processes.first_alone():
+            if overwrite and processes.is_first():
+                _clear(out)
+            (out / CELLS).mkdir(parents=True, exist_ok=True)
 
-    def run(self) -> dict[str, Any]:
-        """Measure the cells that are missing; returns the results, which are also written to ``results.json``."""
+    def measure(self) -> None:
+        """Measure the cells that are missing."""
         wanted: dict[str, Method | None] = {"unpruned": None, "blind": None}
         wanted |= {method.label: method for method in self.methods}
         for label, method in wanted.items():
@@ -118,7 +118,23 @@ class Benchmark:
                 cell = self._measure(label, method, f"{label} ({number} of {len(wanted)})")
                 self._store(label, method, cell)
             self.cells[label] = cell
-        results = self._results(self.cells)
+
+    def results(self) -> dict[str, Any]:
+        """The table of what ``measure`` has measured, and the prefills, which are measured now; also written to
+        ``results.json``."""
+        methods: dict[str, Method | None] = {"unpruned": None, **{method.label: method for method in self.methods}}
+        milliseconds = measure_prefills(self.lvlm, methods, self._timed_inputs(), "prefills")
+        results = {
+            "model": self.model,
+            "data": self.source.name,
+            "split": self.source.split,
+            "trained_on": self.trained_on,
+            "n": len(self.encoded),
+            "seed": self.seed,
+            "machine": machine(self.lvlm),
+            "commit": commit(),
+            "rows": [self._row(method, milliseconds) for method in self.methods],
+        }
         write_json(self.out / RESULTS, results)
         return results
 
@@ -148,7 +164,8 @@ class Benchmark:
         }
 
     def _store(self, label: str, method: Method | None, cell: Cell) -> None:
-        write_json(self.out / CELLS / f"{label}.json", {"made_from": self._origin(method), **asdict(cell)})
+        if processes.is_first():
+            write_json(self.out / CELLS / f"{label}.json", {"made_from": self._origin(method), **asdict(cell)})
 
     # --- measuring -------------------------------------------------------------------------------------------
 
@@ -160,15 +177,13 @@ class Benchmark:
             if method.name in QUESTION_BLIND
             else score_questions(self.encoded, method, title)
         )
-        prefill = measure_prefill(self.lvlm, method, self._timed_inputs())
-        flops = choice_flops(method, self.encoded, self._typical())
-        return Cell(cell.scores, cell.kept, flops, prefill.pruned_ms, prefill.unpruned_ms)
+        return replace(cell, selector_flops=choice_flops(method, self.encoded, self._typical()))
 
     def _by_picture(self, method: Method | None, title: str, blind: bool = False) -> Cell:
         """All questions about a picture see the same tokens: those that ``method`` keeps, or all, or none."""
         scores, kept = torch.zeros(len(self.encoded)), torch.zeros(len(self.encoded), dtype=torch.int64)
         image_ids = self.encoded.image_ids
-        for start in track(range(0, len(image_ids), PICTURES_AT_ONCE), title):
+        for start in track(range(0, len(image_ids), PICTURES_AT_ONCE)[processes.mine()], title):
             visual, indices, pictures = self.encoded.by_picture(image_ids[start : start + PICTURES_AT_ONCE])
             tokens, keep_mask = visual.tokens, visual.mask
             if blind:
@@ -179,15 +194,13 @@ class Benchmark:
                 tokens = tokens if selection.tokens is None else selection.tokens
             scores[indices] = self.encoded.accuracy(indices, tokens, keep_mask[pictures], pictures=pictures)
             kept[indices] = keep_mask.sum(1).cpu()[pictures]
-        return Cell(scores.tolist(), kept.tolist())
+        return Cell(processes.total(scores).tolist(), processes.total(kept).tolist())
 
     def _timed_inputs(self) -> list[BatchFeature]:
         """The first question about each of the first pictures, ready for the model; the first of them only warms up."""
-        if not self._inputs:
-            chosen = [self.encoded.questions[i][0] for i in self.encoded.image_ids[: TIMED_PICTURES + 1]]
-            chosen = chosen if len(chosen) > 1 else 2 * chosen
-            self._inputs = [prompt_inputs(self.lvlm, self.source, self.source.samples[i]) for i in chosen]
-        return self._inputs
+        chosen = [self.encoded.questions[i][0] for i in self.encoded.image_ids[: TIMED_PICTURES + 1]]
+        chosen = chosen if len(chosen) > 1 else 2 * chosen
+        return [prompt_inputs(self.lvlm, self.source, self.source.samples[i]) for i in chosen]
 
     def _typical(self) -> int:
         """The sample whose prompt has the median length."""
@@ -201,21 +214,8 @@ class Benchmark:
 
     # --- results ---------------------------------------------------------------------------------------------
 
-    def _results(self, cells: dict[str, Cell]) -> dict[str, Any]:
-        return {
-            "model": self.model,
-            "data": self.source.name,
-            "split": self.source.split,
-            "trained_on": self.trained_on,
-            "n": len(self.encoded),
-            "seed": self.seed,
-            "machine": machine(self.lvlm),
-            "commit": commit(),
-            "rows": [self._row(method, cells) for method in self.methods],
-        }
-
-    def _row(self, method: Method, cells: dict[str, Cell]) -> dict[str, Any]:
-        cell, unpruned = cells[method.label], cells["unpruned"]
+    def _row(self, method: Method, milliseconds: dict[str, float]) -> dict[str, Any]:
+        cell, unpruned = self.cells[method.label], self.cells["unpruned"]
         drops = [before - after for before, after in zip(unpruned.scores, cell.scores, strict=True)]
         low, high = bootstrap_ci95(drops, self.seed)
         config, kept = self.lvlm.model.config, mean(cell.kept)
@@ -233,28 +233,28 @@ class Benchmark:
             "kept_mean": kept,
             "accuracy": mean(cell.scores),
             "accuracy_unpruned": mean(unpruned.scores),
-            "accuracy_blind": mean(cells["blind"].scores),
+            "accuracy_blind": mean(self.cells["blind"].scores),
             "drop_points": 100 * mean(drops),
             "drop_ci95": [100 * low, 100 * high],
             "flops": flops,
             "flops_unpruned": whole,
             "flops_saved": 1 - flops / whole,
-            "prefill_ms": cell.prefill_ms,
-            "prefill_ms_unpruned": cell.prefill_ms_unpruned,
-            "speedup": cell.prefill_ms_unpruned / cell.prefill_ms,
+            "prefill_ms": milliseconds[method.label],
+            "prefill_ms_unpruned": milliseconds["unpruned"],
+            "speedup": milliseconds["unpruned"] / milliseconds[method.label],
             "kv_cache_mib": kv_cache_mib(config, kept + text, self.lvlm.model.dtype.itemsize),
-            "per_family": self._per_family(cell, cells),
+            "per_family": self._per_family(cell),
         }
 
-    def _per_family(self, cell: Cell, cells: dict[str, Cell]) -> dict[str, dict[str, float]]:
+    def _per_family(self, cell: Cell) -> dict[str, dict[str, float]]:
         families: dict[str, list[int]] = {}
         for index, sample in enumerate(self.source.samples):
             families.setdefault(sample.family, []).append(index)
         return {
             family: {
                 "accuracy": mean([cell.scores[i] for i in indices]),
-                "accuracy_unpruned": mean([cells["unpruned"].scores[i] for i in indices]),
-                "accuracy_blind": mean([cells["blind"].scores[i] for i in indices]),
+                "accuracy_unpruned": mean([self.cells["unpruned"].scores[i] for i in indices]),
+                "accuracy_blind": mean([self.cells["blind"].scores[i] for i in indices]),
                 "n": len(indices),
                 "kept_mean": mean([cell.kept[i] for i in indices]),
             }
@@ -265,17 +265,16 @@ class Benchmark:
 def score_questions(encoded: EncodedSamples, method: Method, title: str) -> Cell:
     """Scores of all samples, each of which sees tokens of its own."""
     layers = encoded.lvlm.model.config.get_text_config().num_hidden_layers
-    scores: list[Tensor] = []
-    kept: list[float] = []
-    for start in track(range(0, len(encoded), QUESTIONS_AT_ONCE), title):
+    scores, kept = torch.zeros(len(encoded)), torch.zeros(len(encoded), dtype=torch.float64)
+    for start in track(range(0, len(encoded), QUESTIONS_AT_ONCE)[processes.mine()], title):
         indices = range(start, min(start + QUESTIONS_AT_ONCE, len(encoded)))
         visual = encoded.visual(indices)
         selection = method.select(visual)
         tokens = visual.tokens if selection.tokens is None else selection.tokens
-        scores.append(encoded.accuracy(indices, tokens, selection.keep_mask, method.within))
-        for count in selection.keep_mask.sum(1).tolist():
-            kept.append(mean(method.layer_counts(layers, count) or [count]))
-    return Cell(torch.cat(scores).tolist(), kept)
+        scores[indices] = encoded.accuracy(indices, tokens, selection.keep_mask, method.within)
+        for index, count in zip(indices, selection.keep_mask.sum(1).tolist(), strict=True):
+            kept[index] = mean(method.layer_counts(layers, count) or [count])
+    return Cell(processes.total(scores).tolist(), processes.total(kept).tolist())
 
 
 def mean(values: Sequence[float]) -> float:

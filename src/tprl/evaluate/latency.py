@@ -1,9 +1,8 @@
 """How long a prefill takes, pruned and not: vision tower, projector, pruner and language model with its KV cache."""
 
 import time
-from collections.abc import Sequence
-from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from statistics import median
 from typing import Any, cast
 
@@ -16,14 +15,7 @@ from tprl.evaluate.methods import Method
 from tprl.lvlm.in_model import dropping
 from tprl.lvlm.model import Lvlm
 from tprl.lvlm.prune import Selects, prune
-
-
-@dataclass(frozen=True)
-class Prefill:
-    """Median milliseconds of one prefill."""
-
-    pruned_ms: float
-    unpruned_ms: float
+from tprl.progress import track
 
 
 def prompt_inputs(lvlm: Lvlm, source: Source, sample: Sample) -> BatchFeature:
@@ -67,19 +59,22 @@ def pruned_model(lvlm: Lvlm, method: Method, inputs: BatchFeature) -> AbstractCo
     )
 
 
-def measure_prefill(lvlm: Lvlm, method: Method, inputs: Sequence[BatchFeature]) -> Prefill:
-    """Prefills of the same inputs with and without pruning, taking turns so that both meet the same machine; the
-    first input warms up and does not count.
+def measure_prefills(
+    lvlm: Lvlm, methods: Mapping[str, Method | None], inputs: Sequence[BatchFeature], title: str
+) -> dict[str, float]:
+    """Median milliseconds of a prefill by each method, None being no pruning. The methods take turns on every input, so
+    that all meet the same machine; the first input warms up and does not count.
 
     Args:
         inputs: of at least two samples.
+        title: of the progress bar.
     """
-    pruned, unpruned = [], []
-    for prompt in inputs:
-        unpruned.append(prefill_ms(lvlm, prompt))
-        with pruned_model(lvlm, method, prompt):
-            pruned.append(prefill_ms(lvlm, prompt))
-    return Prefill(median(pruned[1:]), median(unpruned[1:]))
+    taken: dict[str, list[float]] = {label: [] for label in methods}
+    for prompt in track(inputs, title):
+        for label, method in methods.items():
+            with pruned_model(lvlm, method, prompt) if method else nullcontext():
+                taken[label].append(prefill_ms(lvlm, prompt))
+    return {label: median(milliseconds[1:]) for label, milliseconds in taken.items()}
 
 
 @torch.no_grad()

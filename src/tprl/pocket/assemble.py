@@ -10,6 +10,7 @@ import torch
 from safetensors.torch import load_file
 
 import tprl
+from tprl import processes
 from tprl.checkpoint import save_tensors
 from tprl.lvlm.model import Lvlm
 from tprl.pocket.base import image_token_id, load_base
@@ -69,7 +70,8 @@ def open_lvlm(model: str, dtype: str = "auto", device: str = "cpu") -> Lvlm:
 
     Args:
         model: "pocket-llava", a folder, or a Hub id.
-        dtype: one of ``DTYPES``, or "auto": bfloat16 where this machine multiplies it faster, else float32.
+        dtype: one of ``DTYPES``, or "auto": bfloat16 where this machine multiplies it faster, else float32. Processes
+            that work together agree on it.
         device: as torch names it.
 
     Raises:
@@ -78,5 +80,6 @@ def open_lvlm(model: str, dtype: str = "auto", device: str = "cpu") -> Lvlm:
     """
     if dtype != "auto" and dtype not in DTYPES:
         raise ValueError(f"dtype {dtype!r} is not 'auto' or one of {', '.join(DTYPES)}")
-    chosen = fastest_dtype(device) if dtype == "auto" else DTYPES[dtype]
-    return Lvlm.from_pretrained(str(pocket_llava()) if model == NAME else model, chosen, device)
+    if dtype == "auto":
+        dtype = "bfloat16" if processes.agreed(fastest_dtype(device) == torch.bfloat16) else "float32"
+    return Lvlm.from_pretrained(str(pocket_llava()) if model == NAME else model, DTYPES[dtype], device)

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
+from tprl import processes
 from tprl.checkpoint import load_checkpoint, save_checkpoint
 from tprl.clock import phase
 from tprl.data.sample import Sample, Source
@@ -211,23 +212,26 @@ class EncodedSamples:
 
     @property
     def unpruned(self) -> AnswerScores:
-        """Scores of all samples with every token kept; computed once, questions on one picture together."""
+        """Scores of all samples with every token kept; computed once, questions on one picture together, by all
+        processes together."""
         if self._unpruned is None:
             text = "\n".join(f"{s.image_id}\t{s.question}\t{s.answers[0]}" for s in self.samples)
             path = self.folder / f"unpruned-{hashlib.sha256(text.encode()).hexdigest()[:16]}.safetensors"
             if not path.exists():
                 scores = self._score_everything()
-                save_checkpoint(path, {"log_prob": scores.log_prob, "correct": scores.correct}, {})
+                if processes.is_first():
+                    save_checkpoint(path, {"log_prob": scores.log_prob, "correct": scores.correct}, {})
+                processes.meet()
             self._unpruned = AnswerScores(**load_checkpoint(path)[0])
         return self._unpruned
 
     def _score_everything(self) -> AnswerScores:
         log_prob, correct = torch.zeros(len(self)), torch.zeros(len(self), dtype=torch.bool)
-        for start in track(range(0, len(self.image_ids), 8), "unpruned answers"):
+        for start in track(range(0, len(self.image_ids), 8)[processes.mine()], "unpruned answers"):
             visual, indices, pictures = self.by_picture(self.image_ids[start : start + 8])
             scores = self.score(indices, visual.tokens, visual.mask[pictures], pictures=pictures)
             log_prob[indices], correct[indices] = scores.log_prob, scores.correct
-        return AnswerScores(log_prob, correct)
+        return AnswerScores(processes.total(log_prob), processes.total(correct.float()).bool())
 
 
 def weights_digest(lvlm: Lvlm) -> str:

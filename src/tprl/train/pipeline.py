@@ -63,7 +63,7 @@ def train(
     with processes.first_alone():
         data = EncodedSamples(lvlm, sources[0], folder, signals)
         held_out = EncodedSamples(lvlm, sources[1], folder)
-        _ = data.unpruned
+    _ = data.unpruned
     unpruned = unpruned_accuracy(held_out)
 
     def watch(step: int) -> dict[str, float]:

@@ -79,15 +79,24 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def ablate(world: Path, *more: object) -> subprocess.CompletedProcess[str]:
+ALONE = ("-m", "tprl.cli")
+BY_TWO = (
+    *("-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--num_machines", "1"),
+    *("--mixed_precision", "no", "--dynamo_backend", "no", "-m", "tprl"),
+)
+
+
+def ablate(
+    world: Path, *more: object, out: str = "out", processes: tuple[str, ...] = ALONE
+) -> subprocess.CompletedProcess[str]:
     data = ["--model", world / "model", "--data", world / "world.jsonl", "--dtype", "float32", "--n", 12]
-    arguments = ["ablate", world / "out", *data, "--budgets", "4,2", "--cache", world / "cache", *more, *SETTINGS]
-    command = [sys.executable, "-m", "tprl.cli", *map(str, arguments)]
+    arguments = ["ablate", world / out, *data, "--budgets", "4,2", "--cache", world / "cache", *more, *SETTINGS]
+    command = [sys.executable, *processes, *map(str, arguments)]
     return subprocess.run(command, capture_output=True, text=True, timeout=240, check=False)
 
 
-def written(world: Path) -> dict[str, Any]:
-    content: dict[str, Any] = json.loads((world / "out" / "ablation.json").read_text())
+def written(world: Path, out: str = "out") -> dict[str, Any]:
+    content: dict[str, Any] = json.loads((world / out / "ablation.json").read_text())
     return content
 
 
@@ -115,6 +124,17 @@ def test_the_recipe_trains_measures_and_goes_on(world: Path) -> None:
     other = ablate(world, "--rows", "full", "--resume", "--budgets", "3")
     assert other.returncode == 2
     assert "other settings" in other.stderr
+
+
+@pytest.mark.slow
+def test_two_processes_find_what_one_does(world: Path) -> None:
+    for out, processes in (("one", ALONE), ("two", BY_TWO)):
+        outcome = ablate(world, "--rows", "full,demonstrations-only", out=out, processes=processes)
+        assert outcome.returncode == 0, outcome.stderr
+        assert outcome.stdout.count("| learning | full |") == 1
+    for one, two in zip(written(world, "one")["rows"], written(world, "two")["rows"], strict=True):
+        assert two["accuracy"] == pytest.approx(one["accuracy"])
+        assert two["kept_mean"] == pytest.approx(one["kept_mean"])
 
 
 def test_what_is_refused_before_any_work(tmp_path: Path) -> None:

@@ -7,12 +7,13 @@ from typing import Annotated
 
 import tyro
 
+from tprl import processes
 from tprl.commands.parse import parse_budgets, parse_names, parse_seeds
 from tprl.commands.train import PRESETS
 from tprl.config import PrunerConfig, TrainConfig
 from tprl.data import load_source
 from tprl.evaluate.ablation import Cells, compare, load_cells, measure, save_cells, write_ablation
-from tprl.evaluate.benchmark import check_out
+from tprl.evaluate.benchmark import CELLS, check_out
 from tprl.evaluate.provenance import commit, machine, samples_digest
 from tprl.lvlm.cache import EncodedSamples, weights_digest
 from tprl.pocket.assemble import cache_folder, open_lvlm
@@ -53,7 +54,7 @@ def ablate(
         model: "pocket-llava", or a folder or Hub id of a model.
         preset: of ``tprl train``.
         dtype: of the model: "auto", "float32" or "bfloat16".
-        device: "cpu" or "cuda".
+        device: "cpu" or "cuda"; each of several processes takes a GPU of its own.
         cache: folder where encoded pictures are kept between runs; $TPRL_CACHE or ~/.cache/tprl unless given.
         resume: go on with what the folder holds.
         overwrite: throw away what the folder holds.
@@ -65,37 +66,46 @@ def ablate(
     if preset not in PRESETS:
         raise ValueError(f"preset {preset!r} is not one of {', '.join(PRESETS)}")
     settings = config or PRESETS[preset]
-    check_out(out, resume, overwrite)
     sources = load_source(data, "train", settings.samples), load_source(data, "val", settings.validation)
     test = load_source(data, split, n)
-    if overwrite:
-        shutil.rmtree(out, ignore_errors=True)
-    lvlm = open_lvlm(model, dtype, device)
-    shape = (PrunerConfig.paper if preset == "paper" else PrunerConfig)(lvlm.width, lvlm.fingerprint)
-    cache = cache or cache_folder()
-    encoded = EncodedSamples(lvlm, test, cache)
-    made_from = {
-        "weights": weights_digest(lvlm), "samples": samples_digest(test), "budgets": sizes,
-        "settings": asdict(replace(settings, seed=0)),
-    }  # fmt: skip
-    about = {
-        "model": model, "data": test.name, "split": test.split, "n": len(encoded), "machine": machine(lvlm),
-        "commit": commit(), "settings": made_from["settings"],
-    }  # fmt: skip
-    (out / "cells").mkdir(parents=True, exist_ok=True)
+    with processes.joined(device) as own_device:
+        if processes.is_first():
+            check_out(out, resume, overwrite)
+        processes.meet()
+        lvlm = open_lvlm(model, dtype, own_device)
+        shape = (PrunerConfig.paper if preset == "paper" else PrunerConfig)(lvlm.width, lvlm.fingerprint)
+        cache = cache or cache_folder()
+        with processes.first_alone():
+            encoded = EncodedSamples(lvlm, test, cache)
+        made_from = {
+            "weights": weights_digest(lvlm), "samples": samples_digest(test), "budgets": sizes,
+            "settings": asdict(replace(settings, seed=0)),
+        }  # fmt: skip
+        about = {
+            "model": model, "data": test.name, "split": test.split, "n": len(encoded), "machine": machine(lvlm),
+            "commit": commit(), "settings": made_from["settings"],
+        }  # fmt: skip
+        with processes.first_alone():
+            if overwrite and processes.is_first():
+                shutil.rmtree(out, ignore_errors=True)
+            (out / CELLS).mkdir(parents=True, exist_ok=True)
 
-    found: dict[str, dict[int, Cells]] = {name: {} for name in ROWS}
-    for name in ROWS:
-        for path in sorted((out / "cells").glob(f"{name}@*.json")):
-            found[name][int(path.stem.partition("@")[2])] = load_cells(path, made_from)
-    for name in names:
-        row = ROWS[name]
-        for seed in chosen_seeds:
-            if seed not in found[name]:
-                seeded = replace(settings, seed=seed)
-                pruner = train_row(row, out / "trainings", lvlm, sources, shape, seeded, cache).to(lvlm.device)
-                found[name][seed] = measure(encoded, pruner, sizes, row.positions, f"{name}, seed {seed}")
-                save_cells(out / "cells" / f"{name}@{seed}.json", made_from, found[name][seed])
-            done = {name: cells for name, cells in found.items() if cells}
-            write_ablation({**about, "rows": compare(done, {name: ROWS[name].group for name in done}, FULL)}, out)
-    print((out / "ablation.md").read_text())
+        found: dict[str, dict[int, Cells]] = {name: {} for name in ROWS}
+        for name in ROWS:
+            for path in sorted((out / CELLS).glob(f"{name}@*.json")):
+                found[name][int(path.stem.partition("@")[2])] = load_cells(path, made_from)
+        for name in names:
+            row = ROWS[name]
+            for seed in chosen_seeds:
+                if seed not in found[name]:
+                    seeded = replace(settings, seed=seed)
+                    pruner = train_row(row, out / "trainings", lvlm, sources, shape, seeded, cache).to(lvlm.device)
+                    found[name][seed] = measure(encoded, pruner, sizes, row.positions, f"{name}, seed {seed}")
+                    if processes.is_first():
+                        save_cells(out / CELLS / f"{name}@{seed}.json", made_from, found[name][seed])
+                done = {name: cells for name, cells in found.items() if cells}
+                if processes.is_first():
+                    rows_so_far = compare(done, {name: ROWS[name].group for name in done}, FULL)
+                    write_ablation({**about, "rows": rows_so_far}, out)
+        if processes.is_first():
+            print((out / "ablation.md").read_text())

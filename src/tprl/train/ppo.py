@@ -178,7 +178,8 @@ def improve(
     for _ in range(settings.update_epochs):
         kl = []
         order = torch.randperm(episodes, generator=generator, device=generator.device)
-        for chosen in order.tensor_split(math.ceil(episodes / settings.minibatch)):
+        for drawn in order.tensor_split(math.ceil(episodes / settings.minibatch)):
+            chosen = by_question(drawn, rollouts.rows)
             loss, metrics = ppo_loss(pruner, rollouts, chosen, advantage[chosen], target[chosen], settings)
             optimizer.zero_grad()
             loss.backward()
@@ -194,6 +195,20 @@ def improve(
     if settings.baseline == "critic":
         means["explained_variance"] = (1 - (target - rollouts.values).var() / target.var().clamp(min=1e-12)).item()
     return means
+
+
+def by_question(episodes: Tensor, rows: Tensor) -> Tensor:
+    """``episodes (M,)`` in the order in which the shares of processes, see ``processes.mine``, hold whole questions, so
+    that no two processes look at the same first state (but for one at the border of two shares).
+
+    Args:
+        rows: int64, the question of each episode.
+    """
+    shared = torch.empty_like(episodes)
+    sorted_episodes = episodes[rows[episodes].argsort(stable=True)]
+    for rank, share in enumerate(sorted_episodes.tensor_split(processes.count())):
+        shared[rank :: processes.count()] = share
+    return shared
 
 
 def ppo_loss(

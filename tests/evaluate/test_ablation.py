@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from evaluate.world import World, save_world, tiny_lvlm
+from launcher import BY_TWO
 from tprl.commands.ablate import ablate as run_ablation
 from tprl.config import PrunerConfig, TrainConfig
 from tprl.evaluate.ablation import ablation_table, compare
@@ -79,11 +80,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-ALONE = ("-m", "tprl.cli")
-BY_TWO = (
-    *("-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--num_machines", "1"),
-    *("--mixed_precision", "no", "--dynamo_backend", "no", "-m", "tprl"),
-)
+ALONE = (sys.executable, "-m", "tprl.cli")
 
 
 def ablate(
@@ -91,7 +88,7 @@ def ablate(
 ) -> subprocess.CompletedProcess[str]:
     data = ["--model", world / "model", "--data", world / "world.jsonl", "--dtype", "float32", "--n", 12]
     arguments = ["ablate", world / out, *data, "--budgets", "4,2", "--cache", world / "cache", *more, *SETTINGS]
-    command = [sys.executable, *processes, *map(str, arguments)]
+    command = [*processes, *map(str, arguments)]
     return subprocess.run(command, capture_output=True, text=True, timeout=240, check=False)
 
 

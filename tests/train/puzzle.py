@@ -1,6 +1,7 @@
 """A world small enough to see through: every question needs exactly one token, which its words tell."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -53,15 +54,8 @@ class Puzzle:
         found = keep_mask.gather(1, self.place(indices)[:, None])[:, 0]
         return AnswerScores(torch.where(found, 0.0, LOST), found)
 
-    def accuracy(
-        self,
-        indices: Sequence[int],
-        tokens: Tensor,
-        keep_mask: Tensor,
-        within: None = None,
-        pictures: Tensor | None = None,
-    ) -> Tensor:
-        return self.score(indices, tokens, keep_mask, within, pictures).correct.float()
+    def accuracy(self, *given: Any, **named: Any) -> Tensor:
+        return self.score(*given, **named).correct.float()
 
     def by_picture(self, image_ids: Sequence[int]) -> tuple[VisualTokens, Sequence[int], Tensor]:
         return self.visual(image_ids), image_ids, torch.arange(len(image_ids))

@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 
 from evaluate.world import World, save_world, tiny_lvlm
+from launcher import BY_TWO
 from tprl.checkpoint import load_checkpoint
 from tprl.pruner import TokenPruner
 from tprl.run import TIMES
@@ -132,10 +133,8 @@ def test_kill_at_any_moment(world: Path, whole: Path, tmp_path: Path, attempt: i
 
 def launch(world: Path, run: Path, *more: object) -> subprocess.Popen[str]:
     """The same training by two processes."""
-    options = ["--num_processes", "2", "--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no"]
-    launcher = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", *options, "-m", "tprl"]
     return subprocess.Popen(
-        [*launcher, *command(world, run, *more)[3:]], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+        [*BY_TWO, *command(world, run, *more)[3:]], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
     )
 
 

@@ -6,8 +6,9 @@ from typing import Any, cast
 import pytest
 import torch
 
+from tprl import processes
 from tprl.config import PpoStage, TrainConfig
-from tprl.train.ppo import Rollouts, advantages, improve, ppo_loss, ppo_stage, roll_out
+from tprl.train.ppo import Rollouts, advantages, by_question, improve, ppo_loss, ppo_stage, roll_out
 from train.puzzle import COUNT, Puzzle, make_pruner
 
 SETTINGS = PpoStage(horizon=3, gamma=0.99, questions=6, rollouts=4, minibatch=24, update_epochs=1, discount=0.8)
@@ -121,3 +122,18 @@ def test_an_update_changes_the_policy_alone() -> None:
     changed = {name for name, weight in pruner.state_dict().items() if not torch.equal(weight, before[name])}
     assert changed
     assert all(name.startswith("policy.") for name in changed)
+
+
+@pytest.mark.parametrize("count", [1, 2, 3])
+def test_processes_share_whole_questions(count: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(processes, "count", lambda: count)
+    rows = torch.arange(6).repeat(4)
+    drawn = torch.randperm(24, generator=torch.Generator().manual_seed(0))[:23]
+    order = by_question(drawn, rows)
+    assert order.sort().values.tolist() == drawn.sort().values.tolist()
+
+    def looks(episodes: torch.Tensor) -> int:
+        return sum(len(rows[episodes[rank::count]].unique()) for rank in range(count))
+
+    assert 6 <= looks(order) < 6 + count
+    assert count == 1 or looks(drawn) > 6 + count

@@ -69,9 +69,7 @@ def ablate(
     sources = load_source(data, "train", settings.samples), load_source(data, "val", settings.validation)
     test = load_source(data, split, n)
     with processes.joined(device) as own_device:
-        if processes.is_first():
-            check_out(out, resume, overwrite)
-        processes.meet()
+        check_out(out, resume, overwrite)
         lvlm = open_lvlm(model, dtype, own_device)
         shape = (PrunerConfig.paper if preset == "paper" else PrunerConfig)(lvlm.width, lvlm.fingerprint)
         cache = cache or cache_folder()

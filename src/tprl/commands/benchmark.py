@@ -52,8 +52,7 @@ def benchmark(
     if len(sets) < len(parse_names(data)):
         raise ValueError(f"the sets {data} need different file names, since each gets a folder of that name")
     with processes.joined(device) as own_device:
-        if processes.is_first():
-            check_out(out, resume, overwrite)
+        check_out(out, resume, overwrite)
         for folder, name in sets.items():
             evaluate(
                 out / folder, data=name, split=split, n=n, budgets=budgets, methods=methods, model=model,

@@ -74,13 +74,14 @@ def evaluate(
         known = _trained_on(pruner) if fitting else None
         run = Benchmark(lvlm, model, source, rows, out, cache or cache_folder(), seed, resume, overwrite, known)
         run.measure()
-        if not processes.is_first():
-            return
-        results = run.results()
-        write_tables(results, out)
-        if gallery:
-            write_gallery(lvlm, source, rows, run.cells["unpruned"], run.cells, out, gallery)
-        print(markdown_table(results))
+        with processes.first_alone():  # the others wait, since they would disturb the prefills
+            if not processes.is_first():
+                return
+            results = run.results()
+            write_tables(results, out)
+            if gallery:
+                write_gallery(lvlm, source, rows, run.cells["unpruned"], run.cells, out, gallery)
+            print(markdown_table(results))
 
 
 def _trained_on(pruner: Path | None) -> str | None:

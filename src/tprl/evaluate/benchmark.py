@@ -85,9 +85,7 @@ class Benchmark:
         overwrite: bool = False,
         trained_on: str | None = None,
     ) -> None:
-        if processes.is_first():
-            check_out(out, resume, overwrite)
-        processes.meet()
+        check_out(out, resume, overwrite)
         _check_budgets(lvlm, source, methods)
         self.lvlm, self.model, self.source, self.methods, self.out, self.seed = lvlm, model, source, methods, out, seed
         signals = frozenset[str]().union(*(method.needs for method in methods))
@@ -272,8 +270,8 @@ def score_questions(encoded: EncodedSamples, method: Method, title: str) -> Cell
         selection = method.select(visual)
         tokens = visual.tokens if selection.tokens is None else selection.tokens
         scores[indices] = encoded.accuracy(indices, tokens, selection.keep_mask, method.within)
-        for index, count in zip(indices, selection.keep_mask.sum(1).tolist(), strict=True):
-            kept[index] = mean(method.layer_counts(layers, count) or [count])
+        counts = selection.keep_mask.sum(1).tolist()
+        kept[indices] = torch.tensor([mean(method.layer_counts(layers, count) or [count]) for count in counts]).double()
     return Cell(processes.total(scores).tolist(), processes.total(kept).tolist())
 
 
@@ -282,13 +280,15 @@ def mean(values: Sequence[float]) -> float:
 
 
 def check_out(out: Path, resume: bool, overwrite: bool) -> None:
-    """Raise ValueError unless a run may write into ``out``."""
-    if resume and overwrite:
-        raise ValueError("--resume and --overwrite exclude each other")
-    if out.exists() and not out.is_dir():
-        raise ValueError(f"{out} is a file, not a folder")
-    if out.exists() and not (resume or overwrite):
-        raise ValueError(f"{out} exists; --resume goes on with it, --overwrite throws its results away")
+    """Raise ValueError unless a run may write into ``out``; the first process looks, before any of them writes."""
+    if processes.is_first():
+        if resume and overwrite:
+            raise ValueError("--resume and --overwrite exclude each other")
+        if out.exists() and not out.is_dir():
+            raise ValueError(f"{out} is a file, not a folder")
+        if out.exists() and not (resume or overwrite):
+            raise ValueError(f"{out} exists; --resume goes on with it, --overwrite throws its results away")
+    processes.meet()
 
 
 def _check_budgets(lvlm: Lvlm, source: Source, methods: Sequence[Method]) -> None:

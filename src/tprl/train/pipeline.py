@@ -95,7 +95,7 @@ def train(
             run.log(f"after-{name}", 0, _look_at(pruner, held_out, unpruned))
     result = calibrate(pruner, held_out, unpruned, config.max_drop)
     _save(pruner, run.folder / "pruner")
-    processes.meet()
+    processes.meet()  # all of them will find it there
     if not run.logged("calibrated"):
         figures = {"threshold": pruner.config.threshold, "kept": result.kept, "drop_points": result.drop_points}
         run.log("calibrated", 0, figures)

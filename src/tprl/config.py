@@ -152,7 +152,7 @@ class TrainConfig:
     imitate: ImitateStage = ImitateStage()
     ppo: PpoStage = PpoStage()
     samples: int = 8192
-    validation: int = 800
-    max_drop: float = 0.5
+    validation: int = 2400
+    max_drop: float = 0.3
     seed: int = 0
     save_every: int = 20

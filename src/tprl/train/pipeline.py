@@ -25,6 +25,8 @@ STAGES = (autoencoder.NAME, imitate.NAME, ppo.NAME)
 WATCHED_BUDGETS = (64, 32)
 WATCHED_EVERY, WATCHED_SAMPLES = 5, 64
 """Rounds of PPO between two looks at validation samples, and how many of them."""
+LOOKED_AT = 800
+"""Validation samples that are looked at after a stage; the threshold is found on all of them."""
 
 
 def train(
@@ -108,8 +110,8 @@ def _save(pruner: TokenPruner, folder: Path) -> None:
 
 
 def _look_at(pruner: TokenPruner, data: EncodedSamples, unpruned: torch.Tensor) -> dict[str, float]:
-    metrics = {"accuracy_unpruned": float(unpruned.mean())}
+    above = one_shot(pruner, data, unpruned, threshold=0.5, most=LOOKED_AT)
+    metrics = {"accuracy_unpruned": above.unpruned}
     for budget in WATCHED_BUDGETS:
-        metrics[f"accuracy_at_{budget}"] = one_shot(pruner, data, unpruned, budget=budget).accuracy
-    above = one_shot(pruner, data, unpruned, threshold=0.5)
+        metrics[f"accuracy_at_{budget}"] = one_shot(pruner, data, unpruned, budget=budget, most=LOOKED_AT).accuracy
     return metrics | {"accuracy_above_half": above.accuracy, "kept_above_half": above.kept}

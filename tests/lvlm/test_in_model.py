@@ -286,8 +286,9 @@ def test_pyramiddrop_cuts_again_and_again() -> None:
     assert (hidden[shown] - model(**batch.inputs()).last_hidden_state[shown]).abs().max() > FAR
 
 
-def test_dart_is_shown_the_layers_own_keys_and_inputs() -> None:
+def test_dart_is_shown_the_keys_of_the_layer_before_and_normed_states() -> None:
     model, batch, views = decoder(), Batch(), []
+    torch.nn.init.uniform_(model.norm.weight)
 
     class Watched(Dart):
         def select(self, stage: int, view: LayerView, budget: Tensor) -> Selection:
@@ -303,7 +304,8 @@ def test_dart_is_shown_the_layers_own_keys_and_inputs() -> None:
     (view,) = views
     assert dropped.kept[0].sum(1).tolist() == [5, 2, 3]
     assert torch.equal(view.hidden, entered[0])
-    assert (view.keys() - cache.layers[2].keys.transpose(1, 2).flatten(2)).abs().max() < 1e-5
+    assert (view.normed() - model.norm(entered[0])).abs().max() < 1e-12
+    assert (view.keys_before() - cache.layers[1].keys.transpose(1, 2).flatten(2)).abs().max() < 1e-5
     assert torch.equal(view.visual, batch.visual)
     before = torch.arange(16) <= batch.last[:, None]
     assert torch.equal(view.text, batch.real & ~batch.visual & before)

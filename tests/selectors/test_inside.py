@@ -22,6 +22,7 @@ class View:
     last: Tensor
     weights: Tensor
     rotated: Tensor
+    scale: Tensor | float = 1.0
 
     @classmethod
     def make(cls, seed: int) -> "View":
@@ -35,13 +36,17 @@ class View:
         weights = torch.rand(3, 30, 30, generator=random)
         hidden, keys = torch.randn(3, 30, 8, generator=random), torch.randn(3, 30, 6, generator=random)
         entered = torch.randn(3, 30, 8, generator=random)
-        return cls(entered, hidden, visual, text, torch.tensor(last), weights, keys)
+        scale = torch.rand(8, generator=random) ** 2
+        return cls(entered, hidden, visual, text, torch.tensor(last), weights, keys, scale)
 
     def attention(self, places: Tensor) -> Tensor:
         return self.weights[torch.arange(len(places))[:, None], places]
 
-    def keys(self) -> Tensor:
+    def keys_before(self) -> Tensor:
         return self.rotated
+
+    def normed(self) -> Tensor:
+        return self.hidden * self.scale
 
 
 BUDGETS = ([12, 7, 10], [3, 1, 24], [20, 9, 4], [0, 2, 1])
@@ -85,7 +90,7 @@ def test_dart_slowly(seed: int, budgets: list[int]) -> None:
         visual = view.visual[row].nonzero()[:, 0].tolist()
         behind = [place for place in view.text[row].nonzero()[:, 0].tolist() if place > max(visual)]
         norms = [key.abs().sum().item() for key in view.rotated[row]]
-        assert indices == dart(list(view.hidden[row]), norms, visual, behind, budgets[row])
+        assert indices == dart(list(view.hidden[row] * view.scale), norms, visual, behind, budgets[row])
 
 
 def peaks(points: list[Tensor], count: int, neighbours: int) -> list[int]:

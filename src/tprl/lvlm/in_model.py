@@ -92,7 +92,8 @@ class _Held:
 
 
 class LayerView:
-    """See ``tprl.selectors.in_model.LayerView``; attention is computed for the asked rows only."""
+    """What ``tprl.selectors.in_model.LayerView`` says of the layer itself; attention is computed for the asked rows
+    only."""
 
     def __init__(
         self,
@@ -115,27 +116,13 @@ class LayerView:
     def attention(self, places: Tensor) -> Tensor:
         attention = self._layer.self_attn
         rows = torch.arange(len(places), device=places.device)[:, None]
-        queries = self._heads("q", self.hidden[rows, places], tuple(part[rows, places] for part in self._rotary))
-        keys = self._heads("k", self.hidden, self._rotary)
+        asking = tuple(part[rows, places] for part in self._rotary)
+        queries = _heads(self._layer, "q", self.hidden[rows, places], asking)
+        keys = _heads(self._layer, "k", self.hidden, self._rotary)
         keys = keys.repeat_interleave(queries.shape[1] // keys.shape[1], 1)
         scores = (queries @ keys.mT).float() * attention.scaling
         scores = scores.masked_fill(~self._visible(places)[:, None], -torch.inf)
         return cast(Tensor, scores.softmax(-1).mean(1))
-
-    def keys(self) -> Tensor:
-        return self._heads("k", self.hidden, self._rotary).transpose(1, 2).flatten(2).float()
-
-    def _heads(self, kind: str, hidden: Tensor, rotary: tuple[Tensor, ...]) -> Tensor:
-        """Queries or keys ``(B, heads, L, d)``, normalised where the family does so, and rotated."""
-        attention = self._layer.self_attn
-        states = attention.get_submodule(f"{kind}_proj")(self._layer.input_layernorm(hidden))
-        states = states.unflatten(-1, (-1, attention.head_dim))
-        if hasattr(attention, f"{kind}_norm"):
-            states = attention.get_submodule(f"{kind}_norm")(states)
-        states = states.transpose(1, 2)
-        cos, sin = (part[:, None] for part in rotary)
-        turned = rotate_half(states)
-        return cast(Tensor, states * cos + turned * sin)
 
     def _visible(self, places: Tensor) -> Tensor:
         """Which tokens those at ``places (B, R)`` see, bool ``(B, R, L)``; without a mask, all up to themselves."""
@@ -146,6 +133,38 @@ class LayerView:
         return mask if mask.dtype == torch.bool else mask > torch.finfo(mask.dtype).min / 2
 
 
+class CutView(LayerView):
+    """See ``tprl.selectors.in_model.LayerView``: also what the layer before showed, and the final norm's view.
+
+    Args:
+        before: the layer before, the hidden states that entered it and its rotary embeddings.
+        norm: the decoder's final one.
+    """
+
+    def __init__(self, *view: Any, before: tuple[nn.Module, Tensor, tuple[Tensor, Tensor]], norm: nn.Module) -> None:
+        super().__init__(*view)
+        self._before, self._norm = before, norm
+
+    def keys_before(self) -> Tensor:
+        layer, hidden, rotary = self._before
+        return _heads(layer, "k", hidden, rotary).transpose(1, 2).flatten(2).float()
+
+    def normed(self) -> Tensor:
+        return cast(Tensor, self._norm.forward(self.hidden))  # past the hook, which is for the decoder's own call
+
+
+def _heads(layer: nn.Module, kind: str, hidden: Tensor, rotary: tuple[Tensor, ...]) -> Tensor:
+    """A decoder layer's queries or keys ``(B, heads, L, d)``, normalised where the family does so, and rotated."""
+    attention = cast(Any, layer).self_attn
+    states = attention.get_submodule(f"{kind}_proj")(cast(Any, layer).input_layernorm(hidden))
+    states = states.unflatten(-1, (-1, attention.head_dim))
+    if hasattr(attention, f"{kind}_norm"):
+        states = attention.get_submodule(f"{kind}_norm")(states)
+    states = states.transpose(1, 2)
+    cos, sin = (part[:, None] for part in rotary)
+    return cast(Tensor, states * cos + rotate_half(states) * sin)
+
+
 @dataclass
 class Dropping:
     """What happens to the sequences of a batch in a decoder; ``dropping`` makes it.
@@ -153,6 +172,7 @@ class Dropping:
     Attributes:
         visual: bool ``(B, L)``, True where a visual token stands.
         last: int64 ``(B,)``, the place of the last prompt token.
+        norm: the decoder's final one.
         budgets: for every stage, the visual tokens that it leaves, int64 ``(B,)``.
         kept: after a prefill, for every stage which visual tokens it left, bool ``(B, L)``.
     """
@@ -160,11 +180,13 @@ class Dropping:
     method: InModel
     visual: Tensor
     last: Tensor
+    norm: nn.Module
     stages: list[Stage]
     budgets: list[Tensor]
     kept: list[Tensor] = field(default_factory=list)
     _held: list[_Held] = field(default_factory=list)
     _entered: Tensor | None = None
+    _before: tuple[nn.Module, Tensor, tuple[Tensor, Tensor]] | None = None
     _prefilling: bool = True
 
     def start(self, decoder: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
@@ -203,11 +225,12 @@ class Dropping:
             held = _Held.of(self.kept[-1] | ~_padded(self.visual, hidden.shape[1]))
             self._held.append(held)
             hidden, kwargs = held.gather(hidden), held.shorten(whole)
+        self._before = (layer, hidden, kwargs["position_embeddings"])
         return (hidden, *others), kwargs
 
     def after(self, norm: nn.Module, args: Any) -> Any:
         """The pre-hook of the final norm: what is left goes back to its place, zeros stand between."""
-        self._entered = None
+        self._entered = self._before = None
         return (self._held[-1].scatter(args[0]),) if self._prefilling else args
 
     def _held_at(self, layer: int) -> _Held | None:
@@ -222,7 +245,10 @@ class Dropping:
         if held is not None:
             visual, last = held.gather(visual) & held.real, (held.index < last[:, None]).sum(1)
             entered = held.gather(entered)
-        view = LayerView(layer, entered, hidden, visual, last, kwargs["position_embeddings"], kwargs["attention_mask"])
+        view = CutView(
+            layer, entered, hidden, visual, last, kwargs["position_embeddings"], kwargs["attention_mask"],
+            before=cast(Any, self._before), norm=self.norm,
+        )  # fmt: skip
         selection = self.method.select(number, view, self.budgets[number])
         keep = selection.keep_mask & visual
         self.kept.append(keep if held is None else held.scatter(keep))
@@ -265,7 +291,8 @@ def dropping(
         )
     layers = cast(nn.ModuleList, decoder.layers)
     stages = method.stages(len(layers))
-    with resumed(decoder, Dropping(method, visual, last, stages, method.stage_budgets(counts, budgets))) as dropped:
+    left, norm = method.stage_budgets(counts, budgets), cast(nn.Module, decoder.norm)
+    with resumed(decoder, Dropping(method, visual, last, norm, stages, left)) as dropped:
         yield dropped
 
 

@@ -48,8 +48,12 @@ class LayerView(Protocol):
         ``(B, R, L)``."""
         ...
 
-    def keys(self) -> Tensor:
-        """The layer's rotated keys, all heads of a token one after the other: float32 ``(B, L, K)``."""
+    def keys_before(self) -> Tensor:
+        """The rotated keys of the layer before, all heads of a token one after the other: float32 ``(B, L, K)``."""
+        ...
+
+    def normed(self) -> Tensor:
+        """``hidden`` after the decoder's final norm, ``(B, L, D)``."""
         ...
 
 
@@ -224,12 +228,11 @@ class SparseVLM(InModel):
 class Dart(InModel):
     """The tokens least like a few pivots (DART, arXiv 2502.11494).
 
-    Pivots: the 4 visual tokens and the 4 tokens behind the picture whose keys have the greatest L1 norm. The visual
-    pivots stay; then every pivot in turn adds the same number of visual tokens, those of lowest cosine to it among the
-    hidden states that enter layer ``layer``, from which on only these stay. Layer 2 and 4 + 4 pivots are the published
-    setting; the first pivots add one token more where the numbers do not divide.
-
-    Differences: keys and hidden states are those that layer ``layer`` sees, before its norm.
+    Pivots: the 4 visual tokens and the 4 tokens behind the picture whose keys in layer ``layer - 1`` have the greatest
+    L1 norm. The visual pivots stay; then every pivot in turn adds the same number of visual tokens, those of lowest
+    cosine to it among the hidden states that enter layer ``layer``, from which on only these stay. Layer 2 and 4 + 4
+    pivots are the published setting; the first pivots add one token more where the numbers do not divide. Cosines are
+    taken behind the decoder's final norm, as in the released code: the raw states share a few huge dimensions.
 
     Args:
         layer: number of layers that see every token, at least 1.
@@ -253,7 +256,7 @@ class Dart(InModel):
         return [budget]
 
     def select(self, stage: int, view: LayerView, budget: Tensor) -> Selection:
-        norms = view.keys().abs().sum(2)
+        norms = view.keys_before().abs().sum(2)
         keep = top(norms, view.visual, budget.clamp(max=self.pivots))
         others = top(norms, _behind(view), torch.full_like(budget, self.pivots))
         pivots, exists = [], []
@@ -264,7 +267,7 @@ class Dart(InModel):
         pivot, real = torch.cat(pivots, 1), torch.cat(exists, 1)
         count, rest = real.sum(1, keepdim=True).clamp(min=1), (budget - keep.sum(1))[:, None]
         share = (rest // count + (real.cumsum(1) <= rest % count)) * real
-        hidden = units(view.hidden, torch.ones_like(view.visual))
+        hidden = units(view.normed(), torch.ones_like(view.visual))
         rows = torch.arange(len(hidden), device=hidden.device)
         for number in range(pivot.shape[1]):
             cosines = (hidden @ hidden[rows, pivot[:, number], :, None])[..., 0]

@@ -125,8 +125,9 @@ def test_a_method_inside_the_language_model(tiny: Tiny) -> None:
         tprl.prune(tiny.model, FastV(1), budget=4, positions="compact")
     with pytest.raises(ValueError, match=r"threshold 0\.5 is not allowed with fastv; give budget or keep_ratio"):
         tprl.prune(tiny.model, FastV(1), threshold=0.5)
+    assert kept(tiny.model, inputs, "fastv", budget=4) == expected
     with pytest.raises(ValueError, match="layer 2 is not allowed in a decoder of 2 layers"):
-        tprl.prune(tiny.model, "fastv", budget=4)
+        tprl.prune(tiny.model, FastV(2), budget=4)
     assert "fastv" in IN_MODEL
 
 

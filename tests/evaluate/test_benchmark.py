@@ -175,8 +175,8 @@ def test_flops_and_cache_include_the_pruner(lvlm: Lvlm, pruner: TokenPruner, res
     extra = module_flops(pruner, visual, method="keep_probs")
     for row in results["rows"]:
         language = lvlm_flops(config, round(row["kept_mean"]), round(text)).total
-        if row["method"] == "fastv":  # two layers see everything, and choosing takes a layer's keys and one query
-            counts = [16, 16, *[row["budget"]] * (LAYERS - 2)]
+        if row["method"] == "fastv":  # one layer sees everything, and choosing takes its keys and one query
+            counts = [16, *[row["budget"]] * (LAYERS - 1)]
             assert row["kept_mean"] == pytest.approx(sum(counts) / LAYERS)
             chosen = row["flops"] - lvlm_flops(config, 16, round(text), counts).total
             length = 16 + len(lvlm.prompt_ids("what is it ?")[1]) + 1

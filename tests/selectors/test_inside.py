@@ -198,6 +198,8 @@ def test_published_schedules() -> None:
     assert PyramidDrop().layer_counts(32, 576, 72) == [576] * 8 + [288] * 8 + [144] * 8 + [72] * 8
     assert PyramidDrop().stages(10) == [Stage(2, 2), Stage(5, 5), Stage(8, 8)]
     assert FastV(3).stages(4) == [Stage(2, 3)]
+    assert [FastV().stages(layers)[0].drop for layers in (2, 8, 16, 40)] == [1, 1, 1, 2]
+    assert Dart().stages(32) == [Stage(2, 2)]
     assert PyramidDrop().layer_counts(4, 0, 0) == [0] * 4
     assert SparseVLM().layer_counts(32, 576, 110) == [576] * 2 + [297] * 4 + [191] * 9 + [110] * 17
     assert SparseVLM().stages(8) == [Stage(1, 1), Stage(2, 2), Stage(4, 4)]
@@ -222,7 +224,7 @@ def test_schedules_fall_and_bad_ones_are_refused(name: str) -> None:
     with pytest.raises(ValueError, match="budget 101 is not allowed; 0 to the picture's 100"):
         method.layer_counts(10, 100, 101)
     with pytest.raises(ValueError, match="layer"):
-        method.stages(2)
+        method.stages(1)
 
 
 def test_layers_that_are_not_allowed() -> None:

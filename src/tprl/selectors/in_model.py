@@ -104,11 +104,12 @@ class FastV(InModel):
     """The tokens that the last prompt token attends to most in an early layer (FastV, arXiv 2403.06764).
 
     ``s_j = mean over heads of softmax(q_last k_j / sqrt(d))`` in decoder layer ``layer - 1``, counted from 0; the top
-    ``T`` stay, once, for all layers from ``layer`` on. K = 2 is the paper's setting. Kept tokens keep their order and
-    their position ids, as in the released code.
+    ``T`` stay, once, for all layers from ``layer`` on. Kept tokens keep their order and their position ids, as in the
+    released code.
 
     Args:
-        layer: number of layers that see every token, at least 1.
+        layer: number of layers that see every token, at least 1. Unless given, the published 2 of 32, scaled to the
+            depth.
 
     Raises:
         ValueError: ``layer`` is less than 1.
@@ -116,13 +117,14 @@ class FastV(InModel):
 
     name = "fastv"
 
-    def __init__(self, layer: int = 2) -> None:
-        _check_layer(layer)
+    def __init__(self, layer: int | None = None) -> None:
+        if layer is not None:
+            _check_layer(layer)
         self.layer = layer
 
     def stages(self, layers: int) -> list[Stage]:
-        _check_layer(self.layer, layers)
-        return [Stage(self.layer - 1, self.layer)]
+        layer = _early(self.layer, layers)
+        return [Stage(layer - 1, layer)]
 
     def stage_budgets(self, visual_tokens: Tensor, budget: Tensor) -> list[Tensor]:
         return [budget]
@@ -230,12 +232,13 @@ class Dart(InModel):
 
     Pivots: the 4 visual tokens and the 4 tokens behind the picture whose keys in layer ``layer - 1`` have the greatest
     L1 norm. The visual pivots stay; then every pivot in turn adds the same number of visual tokens, those of lowest
-    cosine to it among the hidden states that enter layer ``layer``, from which on only these stay. Layer 2 and 4 + 4
-    pivots are the published setting; the first pivots add one token more where the numbers do not divide. Cosines are
-    taken behind the decoder's final norm, as in the released code: the raw states share a few huge dimensions.
+    cosine to it among the hidden states that enter layer ``layer``, from which on only these stay. The first pivots
+    add one token more where the numbers do not divide. Cosines are taken behind the decoder's final norm, as in the
+    released code.
 
     Args:
-        layer: number of layers that see every token, at least 1.
+        layer: number of layers that see every token, at least 1. Unless given, the published 2 of 32, scaled to the
+            depth.
 
     Raises:
         ValueError: ``layer`` is less than 1.
@@ -244,13 +247,14 @@ class Dart(InModel):
     name = "dart"
     pivots = 4
 
-    def __init__(self, layer: int = 2) -> None:
-        _check_layer(layer)
+    def __init__(self, layer: int | None = None) -> None:
+        if layer is not None:
+            _check_layer(layer)
         self.layer = layer
 
     def stages(self, layers: int) -> list[Stage]:
-        _check_layer(self.layer, layers)
-        return [Stage(self.layer, self.layer)]
+        layer = _early(self.layer, layers)
+        return [Stage(layer, layer)]
 
     def stage_budgets(self, visual_tokens: Tensor, budget: Tensor) -> list[Tensor]:
         return [budget]
@@ -323,6 +327,13 @@ def density_peaks(distance: Tensor, among: Tensor, count: Tensor, neighbours: in
     farthest = apart.masked_fill(apart.isinf(), 0).amax((1, 2))[:, None]
     delta = torch.minimum(apart.masked_fill(~denser, torch.inf).amin(2), farthest)
     return top(delta * (-squares).exp(), among, count)
+
+
+def _early(layer: int | None, layers: int) -> int:
+    """``layer`` of a decoder of ``layers`` layers, checked; the published 2 of 32 unless given."""
+    layer = max(1, round(layers * 2 / 32)) if layer is None else layer
+    _check_layer(layer, layers)
+    return layer
 
 
 def _check_layer(layer: int, layers: int | None = None) -> None:

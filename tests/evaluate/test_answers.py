@@ -54,7 +54,7 @@ def test_a_policy_costs_its_own_products(lvlm: Lvlm) -> None:
 def test_a_method_inside_is_charged_layer_by_layer(lvlm: Lvlm) -> None:
     [method] = make_methods(("fastv",), (5,), None, None, False, 0)
     answer = answered(lvlm, IMAGE, QUESTION, method)
-    counts = [16, 16, *[5] * (LAYERS - 2)]
+    counts = [16, *[5] * (LAYERS - 1)]
     assert len(answer.kept) == 5
     assert answer.visual_tokens == fmean(counts)
     assert 0 < rest(lvlm, answer, 16, counts) < rest(lvlm, answer, 5)

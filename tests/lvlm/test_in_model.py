@@ -286,7 +286,7 @@ def test_pyramiddrop_cuts_again_and_again() -> None:
     assert (hidden[shown] - model(**batch.inputs()).last_hidden_state[shown]).abs().max() > FAR
 
 
-def test_dart_is_shown_the_keys_of_the_layer_before_and_normed_states() -> None:
+def test_dart_is_shown_a_layers_keys_and_its_normed_output() -> None:
     model, batch, views = decoder(), Batch(), []
     torch.nn.init.uniform_(model.norm.weight)
 
@@ -296,16 +296,19 @@ def test_dart_is_shown_the_keys_of_the_layer_before_and_normed_states() -> None:
             return super().select(stage, view, budget)
 
     cache, entered = DynamicCache(), []
-    hook = model.layers[2].register_forward_pre_hook(lambda module, args: entered.append(args[0]))
+    hooks = [
+        layer.register_forward_pre_hook(lambda module, args: entered.append(args[0])) for layer in model.layers[1:3]
+    ]
     model(**batch.inputs(), past_key_values=cache)
-    hook.remove()
+    for hook in hooks:
+        hook.remove()
     with dropping(model, Watched(2), visual=batch.visual, last=batch.last, budgets=torch.tensor([5, 2, 3])) as dropped:
         model(**batch.inputs())
     (view,) = views
     assert dropped.kept[0].sum(1).tolist() == [5, 2, 3]
     assert torch.equal(view.hidden, entered[0])
-    assert (view.normed() - model.norm(entered[0])).abs().max() < 1e-12
-    assert (view.keys_before() - cache.layers[1].keys.transpose(1, 2).flatten(2)).abs().max() < 1e-5
+    assert (view.normed() - model.norm(entered[1])).abs().max() < 1e-12
+    assert (view.keys() - cache.layers[1].keys.transpose(1, 2).flatten(2)).abs().max() < 1e-5
     assert torch.equal(view.visual, batch.visual)
     before = torch.arange(16) <= batch.last[:, None]
     assert torch.equal(view.text, batch.real & ~batch.visual & before)

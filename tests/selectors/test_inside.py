@@ -42,7 +42,7 @@ class View:
     def attention(self, places: Tensor) -> Tensor:
         return self.weights[torch.arange(len(places))[:, None], places]
 
-    def keys_before(self) -> Tensor:
+    def keys(self) -> Tensor:
         return self.rotated
 
     def normed(self) -> Tensor:
@@ -199,7 +199,7 @@ def test_published_schedules() -> None:
     assert PyramidDrop().stages(10) == [Stage(2, 2), Stage(5, 5), Stage(8, 8)]
     assert FastV(3).stages(4) == [Stage(2, 3)]
     assert [FastV().stages(layers)[0].drop for layers in (2, 8, 16, 40)] == [1, 1, 1, 2]
-    assert Dart().stages(32) == [Stage(2, 2)]
+    assert Dart().stages(32) == [Stage(1, 2)]
     assert PyramidDrop().layer_counts(4, 0, 0) == [0] * 4
     assert SparseVLM().layer_counts(32, 576, 110) == [576] * 2 + [297] * 4 + [191] * 9 + [110] * 17
     assert SparseVLM().stages(8) == [Stage(1, 1), Stage(2, 2), Stage(4, 4)]

@@ -8,7 +8,9 @@ import torch
 
 from tprl.config import PrunerConfig
 from tprl.train import calibrate as module
+from tprl.train import pipeline
 from tprl.train.calibrate import THRESHOLDS, OneShot, calibrate
+from train.puzzle import Puzzle, make_pruner
 
 
 @dataclass
@@ -41,3 +43,18 @@ def test_thresholds_fall_and_span_the_probabilities() -> None:
     assert list(THRESHOLDS) == sorted(set(THRESHOLDS), reverse=True)
     assert THRESHOLDS[0] > 0.98
     assert THRESHOLDS[-1] < 0.003
+
+
+def test_a_look_after_a_stage_is_at_the_first_samples_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pipeline, "LOOKED_AT", 9)
+    asked: list[int] = []
+
+    class Watched(Puzzle):
+        def accuracy(self, indices: Any, *given: Any, **named: Any) -> torch.Tensor:
+            asked.extend(indices)
+            return super().accuracy(indices, *given, **named)
+
+    puzzle = cast(Any, Watched())
+    metrics = pipeline._look_at(make_pruner(), puzzle, (torch.arange(len(puzzle)) < 9).float())
+    assert metrics["accuracy_unpruned"] == 1
+    assert sorted(asked) == sorted([*range(9)] * 3)  # by both budgets and by threshold

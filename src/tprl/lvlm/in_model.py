@@ -91,78 +91,68 @@ class _Held:
         return mask.masked_fill(hidden, False if mask.dtype == torch.bool else torch.finfo(mask.dtype).min)
 
 
+@dataclass(frozen=True)
 class LayerView:
-    """What ``tprl.selectors.in_model.LayerView`` says of the layer itself; attention is computed for the asked rows
+    """A decoder layer at prefill, see ``tprl.selectors.in_model.LayerView``; attention is computed for the asked rows
     only."""
 
-    def __init__(
-        self,
-        layer: nn.Module,
-        entered: Tensor,
-        hidden: Tensor,
-        visual: Tensor,
-        last: Tensor,
-        rotary: tuple[Tensor, Tensor],
-        mask: Tensor | None,
-    ) -> None:
-        self.entered, self.hidden, self.visual, self.last = entered, hidden, visual, last
-        self._layer, self._mask = cast(Any, layer), mask
-        self._rotary = tuple(part.expand(len(hidden), -1, -1) for part in rotary)
+    layer: nn.Module
+    entered: Tensor
+    hidden: Tensor
+    visual: Tensor
+    last: Tensor
+    rotary: tuple[Tensor, Tensor]
+    mask: Tensor | None
 
     @property
     def text(self) -> Tensor:
         return self._visible(self.last[:, None])[:, 0] & ~self.visual
 
     def attention(self, places: Tensor) -> Tensor:
-        attention = self._layer.self_attn
+        attention = cast(Any, self.layer).self_attn
         rows = torch.arange(len(places), device=places.device)[:, None]
-        asking = tuple(part[rows, places] for part in self._rotary)
-        queries = _heads(self._layer, "q", self.hidden[rows, places], asking)
-        keys = _heads(self._layer, "k", self.hidden, self._rotary)
+        asking = tuple(part.expand(len(places), -1, -1)[rows, places] for part in self.rotary)
+        queries = self._heads("q", self.hidden[rows, places], asking)
+        keys = self._heads("k", self.hidden, self.rotary)
         keys = keys.repeat_interleave(queries.shape[1] // keys.shape[1], 1)
         scores = (queries @ keys.mT).float() * attention.scaling
         scores = scores.masked_fill(~self._visible(places)[:, None], -torch.inf)
         return cast(Tensor, scores.softmax(-1).mean(1))
 
+    def keys(self) -> Tensor:
+        return self._heads("k", self.hidden, self.rotary).transpose(1, 2).flatten(2).float()
+
+    def _heads(self, kind: str, hidden: Tensor, rotary: tuple[Tensor, ...]) -> Tensor:
+        """Queries or keys ``(B, heads, L, d)``, normalised where the family does so, and rotated."""
+        layer = cast(Any, self.layer)
+        attention = layer.self_attn
+        states = attention.get_submodule(f"{kind}_proj")(layer.input_layernorm(hidden))
+        states = states.unflatten(-1, (-1, attention.head_dim))
+        if hasattr(attention, f"{kind}_norm"):
+            states = attention.get_submodule(f"{kind}_norm")(states)
+        states = states.transpose(1, 2)
+        cos, sin = (part[:, None] for part in rotary)
+        turned = rotate_half(states)
+        return cast(Tensor, states * cos + turned * sin)
+
     def _visible(self, places: Tensor) -> Tensor:
         """Which tokens those at ``places (B, R)`` see, bool ``(B, R, L)``; without a mask, all up to themselves."""
-        if self._mask is None:
+        if self.mask is None:
             return torch.arange(self.hidden.shape[1], device=places.device) <= places[..., None]
-        mask = self._mask.expand(len(places), *self._mask.shape[1:])[:, 0]
+        mask = self.mask.expand(len(places), *self.mask.shape[1:])[:, 0]
         mask = mask[torch.arange(len(places), device=places.device)[:, None], places]
         return mask if mask.dtype == torch.bool else mask > torch.finfo(mask.dtype).min / 2
 
 
+@dataclass(frozen=True)
 class CutView(LayerView):
-    """See ``tprl.selectors.in_model.LayerView``: also what the layer before showed, and the final norm's view.
+    """The watched layer of a cut, see ``tprl.selectors.in_model.LayerView``; ``norm`` is the decoder's final one."""
 
-    Args:
-        before: the layer before, the hidden states that entered it and its rotary embeddings.
-        norm: the decoder's final one.
-    """
-
-    def __init__(self, *view: Any, before: tuple[nn.Module, Tensor, tuple[Tensor, Tensor]], norm: nn.Module) -> None:
-        super().__init__(*view)
-        self._before, self._norm = before, norm
-
-    def keys_before(self) -> Tensor:
-        layer, hidden, rotary = self._before
-        return _heads(layer, "k", hidden, rotary).transpose(1, 2).flatten(2).float()
+    cut: Tensor
+    norm: nn.Module
 
     def normed(self) -> Tensor:
-        return cast(Tensor, self._norm.forward(self.hidden))  # past the hook, which is for the decoder's own call
-
-
-def _heads(layer: nn.Module, kind: str, hidden: Tensor, rotary: tuple[Tensor, ...]) -> Tensor:
-    """A decoder layer's queries or keys ``(B, heads, L, d)``, normalised where the family does so, and rotated."""
-    attention = cast(Any, layer).self_attn
-    states = attention.get_submodule(f"{kind}_proj")(cast(Any, layer).input_layernorm(hidden))
-    states = states.unflatten(-1, (-1, attention.head_dim))
-    if hasattr(attention, f"{kind}_norm"):
-        states = attention.get_submodule(f"{kind}_norm")(states)
-    states = states.transpose(1, 2)
-    cos, sin = (part[:, None] for part in rotary)
-    return cast(Tensor, states * cos + rotate_half(states) * sin)
+        return cast(Tensor, self.norm.forward(self.cut))  # past the hook, which is for the decoder's own call
 
 
 @dataclass
@@ -186,7 +176,7 @@ class Dropping:
     kept: list[Tensor] = field(default_factory=list)
     _held: list[_Held] = field(default_factory=list)
     _entered: Tensor | None = None
-    _before: tuple[nn.Module, Tensor, tuple[Tensor, Tensor]] | None = None
+    _watched: tuple[nn.Module, Tensor, dict[str, Any]] | None = None
     _prefilling: bool = True
 
     def start(self, decoder: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
@@ -218,19 +208,19 @@ class Dropping:
         kwargs = whole if held is None else held.shorten(whole)
         for stage in self.stages[len(self._held) :]:
             if number == stage.watch:
-                hidden = self._choose(layer, hidden, kwargs, held)
+                self._watched = layer, hidden, kwargs
             if number < stage.drop:
                 break
+            hidden = self._choose(hidden, held)
             hidden = hidden if held is None else held.scatter(hidden)
             held = _Held.of(self.kept[-1] | ~_padded(self.visual, hidden.shape[1]))
             self._held.append(held)
             hidden, kwargs = held.gather(hidden), held.shorten(whole)
-        self._before = (layer, hidden, kwargs["position_embeddings"])
         return (hidden, *others), kwargs
 
     def after(self, norm: nn.Module, args: Any) -> Any:
         """The pre-hook of the final norm: what is left goes back to its place, zeros stand between."""
-        self._entered = self._before = None
+        self._entered = None
         return (self._held[-1].scatter(args[0]),) if self._prefilling else args
 
     def _held_at(self, layer: int) -> _Held | None:
@@ -238,17 +228,18 @@ class Dropping:
         cuts = [held for stage, held in zip(self.stages, self._held, strict=False) if stage.drop <= layer]
         return cuts[-1] if cuts else None
 
-    def _choose(self, layer: nn.Module, hidden: Tensor, kwargs: dict[str, Any], held: _Held | None) -> Tensor:
-        """Let the method choose by what ``layer`` shows. The hidden states, changed if it merges."""
+    def _choose(self, hidden: Tensor, held: _Held | None) -> Tensor:
+        """Let the method choose from ``hidden`` by what the watched layer shows. ``hidden``, changed if it merges."""
+        assert self._watched is not None
+        layer, seen, given = self._watched
+        self._watched = None
         number, last, entered = len(self.kept), self.last, cast(Tensor, self._entered)
         visual = self.kept[-1] if self.kept else _padded(self.visual, hidden.shape[1])
         if held is not None:
             visual, last = held.gather(visual) & held.real, (held.index < last[:, None]).sum(1)
             entered = held.gather(entered)
-        view = CutView(
-            layer, entered, hidden, visual, last, kwargs["position_embeddings"], kwargs["attention_mask"],
-            before=cast(Any, self._before), norm=self.norm,
-        )  # fmt: skip
+        rotary, mask = given["position_embeddings"], given["attention_mask"]
+        view = CutView(layer, entered, seen, visual, last, rotary, mask, hidden, self.norm)
         selection = self.method.select(number, view, self.budgets[number])
         keep = selection.keep_mask & visual
         self.kept.append(keep if held is None else held.scatter(keep))

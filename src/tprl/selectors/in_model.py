@@ -48,12 +48,12 @@ class LayerView(Protocol):
         ``(B, R, L)``."""
         ...
 
-    def keys_before(self) -> Tensor:
-        """The rotated keys of the layer before, all heads of a token one after the other: float32 ``(B, L, K)``."""
+    def keys(self) -> Tensor:
+        """The layer's rotated keys, all heads of a token one after the other: float32 ``(B, L, K)``."""
         ...
 
     def normed(self) -> Tensor:
-        """``hidden`` after the decoder's final norm, ``(B, L, D)``."""
+        """What enters the layer of the cut, after the decoder's final norm: ``(B, L, D)``."""
         ...
 
 
@@ -100,34 +100,39 @@ class InModel(Protocol):
         return counts
 
 
-class FastV(InModel):
+class _OneCut(InModel):
+    """A method that watches decoder layer ``layer - 1``, counted from 0, and cuts once behind it."""
+
+    def __init__(self, layer: int | None = None) -> None:
+        if layer is not None and layer < 1:
+            raise ValueError(f"layer {layer} is not allowed; at least 1 layer has to see every token")
+        self.layer = layer
+
+    def stages(self, layers: int) -> list[Stage]:
+        layer = max(1, _scaled(2, layers)) if self.layer is None else self.layer
+        if layer >= layers:
+            raise ValueError(f"layer {layer} is not allowed in a decoder of {layers} layers; 1 to {layers - 1}")
+        return [Stage(layer - 1, layer)]
+
+    def stage_budgets(self, visual_tokens: Tensor, budget: Tensor) -> list[Tensor]:
+        return [budget]
+
+
+class FastV(_OneCut):
     """The tokens that the last prompt token attends to most in an early layer (FastV, arXiv 2403.06764).
 
-    ``s_j = mean over heads of softmax(q_last k_j / sqrt(d))`` in decoder layer ``layer - 1``, counted from 0; the top
-    ``T`` stay, once, for all layers from ``layer`` on. Kept tokens keep their order and their position ids, as in the
-    released code.
+    ``s_j = mean over heads of softmax(q_last k_j / sqrt(d))`` in decoder layer ``layer - 1``; the top ``T`` stay, once,
+    for all layers from ``layer`` on. Kept tokens keep their order and their position ids, as in the released code.
 
     Args:
-        layer: number of layers that see every token, at least 1. Unless given, the published 2 of 32, scaled to the
-            depth.
+        layer: number of layers that see every token, at least 1; the published 2 of 32, scaled to the depth, unless
+            given.
 
     Raises:
         ValueError: ``layer`` is less than 1.
     """
 
     name = "fastv"
-
-    def __init__(self, layer: int | None = None) -> None:
-        if layer is not None:
-            _check_layer(layer)
-        self.layer = layer
-
-    def stages(self, layers: int) -> list[Stage]:
-        layer = _early(self.layer, layers)
-        return [Stage(layer - 1, layer)]
-
-    def stage_budgets(self, visual_tokens: Tensor, budget: Tensor) -> list[Tensor]:
-        return [budget]
 
     def select(self, stage: int, view: LayerView, budget: Tensor) -> Selection:
         return Selection(_attended(view, budget))
@@ -188,7 +193,7 @@ class SparseVLM(InModel):
             raise ValueError(f"{self.name} cuts a decoder three times; this one has {layers} layers, at least 4 needed")
         cuts = [0]
         for layer in (2, 6, 15):
-            cuts.append(max(cuts[-1] + 1, round(layers * layer / 32)))
+            cuts.append(max(cuts[-1] + 1, _scaled(layer, layers)))
         return [Stage(cut, cut) for cut in cuts[1:]]
 
     def stage_budgets(self, visual_tokens: Tensor, budget: Tensor) -> list[Tensor]:
@@ -227,18 +232,18 @@ class SparseVLM(InModel):
         return attention.sum(1) / raters.sum(1, keepdim=True)
 
 
-class Dart(InModel):
+class Dart(_OneCut):
     """The tokens least like a few pivots (DART, arXiv 2502.11494).
 
     Pivots: the 4 visual tokens and the 4 tokens behind the picture whose keys in layer ``layer - 1`` have the greatest
     L1 norm. The visual pivots stay; then every pivot in turn adds the same number of visual tokens, those of lowest
-    cosine to it among the hidden states that enter layer ``layer``, from which on only these stay. The first pivots
-    add one token more where the numbers do not divide. Cosines are taken behind the decoder's final norm, as in the
-    released code.
+    cosine to it among the hidden states that enter layer ``layer``, from which on only these stay. Cosines are taken
+    behind the decoder's final norm, as in the released code. 4 + 4 pivots are the published setting; the first ones add
+    one token more where the numbers do not divide.
 
     Args:
-        layer: number of layers that see every token, at least 1. Unless given, the published 2 of 32, scaled to the
-            depth.
+        layer: number of layers that see every token, at least 1; the published 2 of 32, scaled to the depth, unless
+            given.
 
     Raises:
         ValueError: ``layer`` is less than 1.
@@ -247,20 +252,8 @@ class Dart(InModel):
     name = "dart"
     pivots = 4
 
-    def __init__(self, layer: int | None = None) -> None:
-        if layer is not None:
-            _check_layer(layer)
-        self.layer = layer
-
-    def stages(self, layers: int) -> list[Stage]:
-        layer = _early(self.layer, layers)
-        return [Stage(layer, layer)]
-
-    def stage_budgets(self, visual_tokens: Tensor, budget: Tensor) -> list[Tensor]:
-        return [budget]
-
     def select(self, stage: int, view: LayerView, budget: Tensor) -> Selection:
-        norms = view.keys_before().abs().sum(2)
+        norms = view.keys().abs().sum(2)
         keep = top(norms, view.visual, budget.clamp(max=self.pivots))
         others = top(norms, _behind(view), torch.full_like(budget, self.pivots))
         pivots, exists = [], []
@@ -329,16 +322,6 @@ def density_peaks(distance: Tensor, among: Tensor, count: Tensor, neighbours: in
     return top(delta * (-squares).exp(), among, count)
 
 
-def _early(layer: int | None, layers: int) -> int:
-    """``layer`` of a decoder of ``layers`` layers, checked; the published 2 of 32 unless given."""
-    layer = max(1, round(layers * 2 / 32)) if layer is None else layer
-    _check_layer(layer, layers)
-    return layer
-
-
-def _check_layer(layer: int, layers: int | None = None) -> None:
-    """Raise ValueError unless a decoder, of ``layers`` layers if given, can be cut before layer ``layer``."""
-    if layer < 1:
-        raise ValueError(f"layer {layer} is not allowed; at least 1 layer has to see every token")
-    if layers is not None and layer >= layers:
-        raise ValueError(f"layer {layer} is not allowed in a decoder of {layers} layers; 1 to {layers - 1}")
+def _scaled(layer: int, layers: int) -> int:
+    """``layer`` of the 32 that the published settings are for, in a decoder of ``layers``."""
+    return round(layers * layer / 32)

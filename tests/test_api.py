@@ -12,7 +12,7 @@ from PIL import Image
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 import tprl
-from lvlm.test_model import processor_of
+from lvlm.processors import processor_of
 from lvlm.tiny import Tiny, make
 from tprl.config import PrunerConfig
 from tprl.lvlm.handle import HANDLE
@@ -66,15 +66,26 @@ def test_a_token_pruner_prunes_the_model_that_it_was_trained_for(tiny: Tiny, tmp
     assert [len(picture) for picture in indices] == [4, 4]
     assert kept(tiny.model, inputs, pruner, budget=4, template_ids=frozenset()) == indices
     assert kept(tiny.model, inputs, pruner_for(tiny, 1), budget=4, template_ids=frozenset()) != indices
-    with tprl.prune(tiny.model, pruner, threshold=0.5, template_ids=frozenset()) as pruning:
-        tiny.model(**inputs)
-    assert len(pruning.kept) == 2
+    probs: list[torch.Tensor] = []
+    with pytest.MonkeyPatch.context() as patched:
+        above = pruner.select_above
+        patched.setattr(
+            pruner, "select_above", lambda visual, t: probs.append(pruner.keep_probs(visual)) or above(visual, t)
+        )
+        indices = kept(tiny.model, inputs, pruner, threshold=0.3, template_ids=frozenset())
+    assert indices == [(row > 0.3).nonzero()[:, 0].tolist() or [int(row.argmax())] for row in probs[0]]
+    assert 0 < len(indices[0]) < 16
 
     other = make("paligemma").model
     with pytest.raises(ValueError, match=r"trained for another model \(width 16, fingerprint [0-9a-f]{16}\)"):
         tprl.prune(other, pruner, budget=4, template_ids=frozenset())
-    with pytest.raises(ValueError, match=r"give the model's own as processor=, or .* template_ids="):
-        tprl.prune(tiny.model, pruner, budget=4)
+    for reader in (pruner, "cdpruner"):
+        with pytest.raises(ValueError, match=r"give the model's own as processor=, or .* template_ids="):
+            tprl.prune(tiny.model, reader, budget=4)
+    with pytest.raises(
+        ValueError, match=r"the pruner is on meta, the model on cpu; move it by pruner.to\(model.device\)"
+    ):
+        tprl.prune(tiny.model, pruner_for(tiny).to("meta"), budget=4, template_ids=frozenset())
     assert HANDLE not in other.__dict__
     assert HANDLE not in tiny.model.__dict__
 
@@ -105,6 +116,20 @@ def test_the_processor_tells_the_question_from_the_template(tiny: Tiny) -> None:
     one = seen([word, user, user, user, user, user])
     assert torch.equal(seen([word, assistant, end, start, end, assistant]), one)
     assert not torch.equal(seen([word, word, end, start, end, assistant]), one)
+
+
+def test_a_picture_without_a_question_is_pruned(tiny: Tiny) -> None:
+    inputs = tiny.batch(["I"])
+    assert [
+        len(picture) for picture in kept(tiny.model, inputs, pruner_for(tiny), budget=4, template_ids=frozenset())
+    ] == [4]
+
+
+def test_a_model_in_training_stays_in_training(tiny: Tiny) -> None:
+    tiny.model.train()
+    with tprl.prune(tiny.model, pruner_for(tiny), budget=4, processor=processor_of("llava")):
+        assert tiny.model.training
+    assert tiny.model.training
 
 
 @pytest.mark.parametrize("name", ["uniform", "fastervlm", "divprune"])

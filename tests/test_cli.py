@@ -9,6 +9,7 @@ import pytest
 from PIL import Image
 
 from tprl.cli import COMMANDS
+from tprl.commands.evaluate import SHIPPED_PRUNER
 from tprl.data import load_source
 
 
@@ -80,6 +81,14 @@ def test_a_run_directory_that_exists_is_left_alone(tmp_path: Path) -> None:
     assert json.loads((tmp_path / "config.json").read_text()) == {"mine": 1}
     refused(tprl("train", tmp_path / "new", "--stages", "dance"), "dance", "autoencoder")
     refused(tprl("train", tmp_path / "new", "--preset", "huge"), "huge", "quick")
+    set_to = ["set:train-config", "--set.ppo.rollouts"]
+    refused(tprl("train", tmp_path / "new", *set_to, 1), "rollouts", "at least 2, got 1")
+    refused(tprl("train", tmp_path / "new", "--preset", "quick", *set_to, 4), "quick", "exclude each other")
+    refused(tprl("train", tmp_path / "new", "--device", "gpu"), "'gpu'", "cpu")
+    refused(tprl("train", tmp_path, "--overwrite", "--model", tmp_path / "none"), "none")
+    assert json.loads((tmp_path / "config.json").read_text()) == {"mine": 1}
+    shipped = ["--init", SHIPPED_PRUNER, "--no-use-question"]
+    refused(tprl("train", tmp_path / "new", "--preset", "quick", *shipped), "use_question", "than is asked for")
     assert not (tmp_path / "new").exists()
 
 
@@ -88,6 +97,8 @@ def test_methods_and_budgets_that_are_not_known(tmp_path: Path) -> None:
     refused(tprl("evaluate", out, "--methods", "magic"), "magic", "divprune")
     refused(tprl("evaluate", out, "--budgets", "64,0"), "0")
     refused(tprl("evaluate", out, "--data", "nothing"), "nothing", "scenes")
+    refused(tprl("evaluate", out, "--seed", -1), "-1", "from 0 on")
+    refused(tprl("benchmark", out, "--data", "scenes,nothing"), "nothing", "scenes")
     assert not out.exists()
 
 
@@ -96,8 +107,8 @@ def test_data_are_written_in_the_form_that_is_read(tmp_path: Path) -> None:
     assert outcome.returncode == 0, outcome.stderr
     made = load_source(str(tmp_path / "made" / "questions.jsonl"), "test")
     original = load_source("scenes", "val", 12)
-    assert [(s.question, s.answers, s.family) for s in made.samples if s.box is None] == [
-        (s.question, s.answers, s.family) for s in original.samples if s.box is None
+    assert [(s.question, s.answers, s.family) for s in made.samples] == [
+        (s.question, s.answers, s.family) for s in original.samples
     ]
     boxes = [(s.box, s.box_scale) for s in made.samples if s.box]
     assert boxes == [(s.box, s.box_scale) for s in original.samples if s.box]

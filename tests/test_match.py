@@ -1,5 +1,7 @@
 """The match of visual tokens and questions against its definition written out with loops."""
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 
@@ -49,6 +51,15 @@ def test_no_question_no_match() -> None:
     match = question_match(visual)
     assert not match[1].any()
     assert match[0].any()
+
+
+def test_nobody_asks_anything() -> None:
+    visual = visual_tokens(COUNTS, ASKED, WIDTH)
+    visual.query_mask[:] = False
+    empty = question_match(visual)
+    wordless = replace(visual, query=visual.query[:, :0], query_mask=visual.query_mask[:, :0])
+    assert torch.equal(question_match(wordless), empty)
+    assert not empty.any()
 
 
 def test_a_token_that_shows_what_is_asked_stands_out() -> None:

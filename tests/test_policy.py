@@ -218,8 +218,7 @@ def test_log_prob_is_the_equation() -> None:
     dist = KeepDistribution(LOGITS, MASK, DISCOUNT)
     for action in product((False, True), repeat=4):
         rows = torch.tensor([action, action[::-1]])
-        torch.testing.assert_close(dist.log_prob(rows), slow_log_prob(LOGITS, MASK, DISCOUNT, rows))
-        torch.testing.assert_close(dist.token_log_prob(rows).sum(1), dist.log_prob(rows))
+        torch.testing.assert_close(dist.token_log_prob(rows).sum(1), slow_log_prob(LOGITS, MASK, DISCOUNT, rows))
     assert dist.token_log_prob(torch.ones_like(MASK))[0, 3] == 0
     torch.testing.assert_close(dist.probs, DISCOUNT[:, None] * LOGITS.sigmoid() * MASK)
 
@@ -227,14 +226,14 @@ def test_log_prob_is_the_equation() -> None:
 def test_probabilities_of_all_actions_sum_to_one() -> None:
     dist = KeepDistribution(LOGITS, MASK, DISCOUNT)
     for row in range(2):
-        total = sum(dist.log_prob(action.expand(2, -1))[row].exp() for action in actions(MASK[row]))
+        total = sum(dist.token_log_prob(action.expand(2, -1)).sum(1)[row].exp() for action in actions(MASK[row]))
         torch.testing.assert_close(total, torch.ones((), dtype=torch.float64))
 
 
 def test_one_number_is_a_discount_for_every_row() -> None:
     action = MASK.clone()
-    several = KeepDistribution(LOGITS, MASK, torch.tensor([0.5, 0.5])).log_prob(action)
-    assert torch.equal(KeepDistribution(LOGITS, MASK, 0.5).log_prob(action), several)
+    several = KeepDistribution(LOGITS, MASK, torch.tensor([0.5, 0.5])).token_log_prob(action).sum(1)
+    assert torch.equal(KeepDistribution(LOGITS, MASK, 0.5).token_log_prob(action).sum(1), several)
 
 
 @pytest.mark.parametrize("discount", [1.0, 0.5, 0.125])
@@ -253,8 +252,8 @@ def mean_ratio(scored_with: float) -> float:
     logits = torch.randn(12, generator=random, dtype=torch.float64).expand(DRAWS, -1)
     mask = torch.ones_like(logits, dtype=torch.bool)
     action = KeepDistribution(logits, mask, 0.5).sample(random)
-    other = KeepDistribution(logits + 0.1, mask, 0.5).log_prob(action)
-    return float((other - KeepDistribution(logits, mask, scored_with).log_prob(action)).exp().mean())
+    other = KeepDistribution(logits + 0.1, mask, 0.5).token_log_prob(action).sum(1)
+    return float((other - KeepDistribution(logits, mask, scored_with).token_log_prob(action).sum(1)).exp().mean())
 
 
 def test_draws_are_scored_with_the_discount_they_were_drawn_with() -> None:
@@ -269,8 +268,8 @@ def test_a_draw_that_drops_all_keeps_the_best_and_is_scored_as_such() -> None:
     action = dist.sample(torch.Generator().manual_seed(0))
     assert action.int().tolist() == [[0, 1, 0, 0], [0, 0, 1, 0], [0, 1, 0, 0]]
     expected = [-21 + math.log(0.5), -150 + math.log(0.5), -30 + math.log(0.5)]
-    torch.testing.assert_close(dist.log_prob(action), torch.tensor(expected))
-    nothing = dist.log_prob(torch.zeros_like(mask))
+    torch.testing.assert_close(dist.token_log_prob(action).sum(1), torch.tensor(expected))
+    nothing = dist.token_log_prob(torch.zeros_like(mask)).sum(1)
     assert (nothing > -1e-5).all()  # what would be stored if the action that was drawn, and not the one that acts, were
 
 
@@ -309,7 +308,7 @@ def test_extreme_logits_stay_finite(discount: float) -> None:
 def test_gradient_of_log_prob() -> None:
     logits = LOGITS.clone().requires_grad_()
     action = torch.tensor([[1, 0, 1, 1], [0, 0, 1, 1]]).bool()
-    KeepDistribution(logits, MASK, DISCOUNT).log_prob(action).sum().backward()
+    KeepDistribution(logits, MASK, DISCOUNT).token_log_prob(action).sum(1).sum().backward()
     p, d = LOGITS.sigmoid(), DISCOUNT[:, None]
     expected = torch.where(action, 1 - p, -d * p * (1 - p) / (1 - d * p)) * MASK
     torch.testing.assert_close(logits.grad, expected)
@@ -325,5 +324,5 @@ def test_padding_changes_nothing() -> None:
     )
     for fill in (False, True):
         wide_action = torch.cat([action, torch.full((2, 5), fill)], 1)
-        torch.testing.assert_close(wide.log_prob(wide_action), dist.log_prob(action))
+        torch.testing.assert_close(wide.token_log_prob(wide_action).sum(1), dist.token_log_prob(action).sum(1))
     torch.testing.assert_close(wide.entropy(), dist.entropy())

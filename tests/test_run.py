@@ -112,7 +112,10 @@ def test_a_folder_is_not_reused_by_accident(tmp_path: Path) -> None:
         RunFolder(tmp_path / "run", {"seed": 2}, resume=True)
     with pytest.raises(ValueError, match="not both"):
         RunFolder(tmp_path / "run", {"seed": 1}, resume=True, overwrite=True)
+    (tmp_path / "run" / "mine.txt").write_text("mine")
+    (tmp_path / "run" / "pruner").mkdir()
     RunFolder(tmp_path / "run", {"seed": 2}, overwrite=True)
+    assert sorted(path.name for path in (tmp_path / "run").iterdir()) == ["checkpoints", "config.json", "mine.txt"]
     assert json.loads((tmp_path / "run" / "config.json").read_text()) == {"seed": 2}
 
 

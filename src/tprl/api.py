@@ -12,6 +12,7 @@ from tprl.lvlm.prune import prune as prune_prompt
 from tprl.lvlm.prune_inside import prune_inside
 from tprl.pruner import TokenPruner
 from tprl.selectors import InModel, Selector, make_selector
+from tprl.selectors.similarity import CDPruner
 
 __all__ = ["TokenPruner", "prune", "unprune"]
 
@@ -34,20 +35,23 @@ def prune(
     Args:
         model: of one of ``tprl.lvlm.families.FAMILIES``, with a language-modelling head.
         pruner: what decides: a trained pruner, one of the peers in ``tprl.selectors``, or a peer's name.
-        budget: visual tokens to keep of every picture.
+        budget: visual tokens to keep of every picture. Inside the language model the pictures of a prompt share as many
+            as that makes together.
         keep_ratio: share of the visual tokens to keep, in (0, 1].
         threshold: keep what a ``TokenPruner`` gives more than this probability, in [0, 1].
         positions: "original": kept tokens stay at their position ids. "compact": position ids count what is left; not
             for methods that act inside the language model.
         processor: the model's own, by whose chat template the question's own tokens are told from the rest.
-        template_ids: the ids of the chat template, instead of ``processor``. A ``TokenPruner`` needs one of the two.
+        template_ids: the ids of the chat template, instead of ``processor``. What reads the question, a
+            ``TokenPruner`` or "cdpruner", needs one of the two.
 
     Returns:
         A handle whose ``kept`` tells, after a call, which tokens of which picture were kept and where they lie.
 
     Raises:
         ValueError: an unknown family or name, a model that is pruned already, a pruner of another model, no way to tell
-            the question from the template, not exactly one amount, or a value that is not allowed.
+            the question from the template, a pruner on another device, not exactly one amount, or a value that is not
+            allowed.
 
     Example:
         >>> with tprl.prune(model, pruner, budget=64, processor=processor) as pruned:
@@ -64,7 +68,12 @@ def prune(
     if processor is not None and template_ids is None:
         template_ids = Lvlm(model, processor).template_ids
     if isinstance(chosen, TokenPruner):
-        _check_fit(chosen, model, template_ids)
+        _check_fit(chosen, model)
+    if isinstance(chosen, TokenPruner | CDPruner) and template_ids is None:
+        raise ValueError(
+            f"{chosen.name} reads the question's own tokens: give the model's own as processor=, or the ids of the "
+            "chat template as template_ids="
+        )
     return prune_prompt(
         model,
         chosen,
@@ -76,16 +85,16 @@ def prune(
     )
 
 
-def _check_fit(pruner: TokenPruner, model: PreTrainedModel, template_ids: frozenset[int] | None) -> None:
-    """Raise ValueError unless ``pruner`` was trained for ``model`` and can be given its question."""
+def _check_fit(pruner: TokenPruner, model: PreTrainedModel) -> None:
+    """Raise ValueError unless ``pruner`` was trained for ``model`` and stands where it does."""
     fingerprint = Lvlm(model).fingerprint
     if pruner.config.fingerprint != fingerprint:
         raise ValueError(
             f"the pruner was trained for another model (width {pruner.config.width}, fingerprint "
             f"{pruner.config.fingerprint}) than this one ({fingerprint}); train one with `tprl train --model ...`"
         )
-    if template_ids is None:
+    if pruner.token_mean.device != model.device:
         raise ValueError(
-            "a TokenPruner reads the question's own tokens: give the model's own as processor=, or the ids of the chat "
-            "template as template_ids="
+            f"the pruner is on {pruner.token_mean.device}, the model on {model.device}; move it by "
+            "pruner.to(model.device)"
         )

@@ -37,8 +37,7 @@ def save_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str
     partial = path.with_name(path.name + ".partial")
     try:
         save_file(tensors, partial, metadata=metadata)
-        with partial.open("rb") as file:
-            os.fsync(file.fileno())
+        reach_disk(partial)
         partial.replace(path)
     except (OSError, SafetensorError) as error:
         partial.unlink(missing_ok=True)
@@ -54,10 +53,17 @@ def save_text(path: Path, text: str) -> None:
     partial = path.with_name(path.name + ".partial")
     try:
         partial.write_text(text)
+        reach_disk(partial)
         partial.replace(path)
     except OSError as error:
         partial.unlink(missing_ok=True)
         raise OSError(f"could not save {path}: {error}") from error
+
+
+def reach_disk(path: Path) -> None:
+    """Wait until what was written to a file would survive a power cut."""
+    with path.open("rb") as file:
+        os.fsync(file.fileno())
 
 
 def load_checkpoint(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:

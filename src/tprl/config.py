@@ -1,6 +1,9 @@
 """Settings of a pruner and of its training: the command line, the saved JSON and the defaults are these classes."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
+from typing import Literal
 
 
 @dataclass(frozen=True)
@@ -39,6 +42,12 @@ class PrunerConfig:
         )
 
 
+def _at_least(least: int, settings: object, names: Sequence[str]) -> None:
+    for name in names:
+        if getattr(settings, name) < least:
+            raise ValueError(f"{name} has to be at least {least}, got {getattr(settings, name)}")
+
+
 @dataclass(frozen=True)
 class AutoencoderStage:
     """Stage 1: the autoencoder learns to reconstruct visual tokens, without any label.
@@ -55,6 +64,10 @@ class AutoencoderStage:
     learning_rate: float = 2e-3
     weight_decay: float = 0.01
 
+    def __post_init__(self) -> None:
+        _at_least(0, self, ["steps"])
+        _at_least(1, self, ["pictures"])
+
 
 @dataclass(frozen=True)
 class ImitateStage:
@@ -64,8 +77,9 @@ class ImitateStage:
         demonstrations: samples that are demonstrated, one trajectory kept of each; 0 skips the stage.
         teachers: selectors that compete for every sample, and "search", which improves on the best of them, see
             ``tprl.demonstrations.Search``.
-        margin: return by which another teacher has to beat the first of them to be imitated instead. Teachers blind
-            to the question often win by a hair, and a policy that imitates them learns to keep whatever there is.
+        margin: return by which another teacher, but for the search, has to beat the first of them to be imitated
+            instead. Teachers blind to the question often win by a hair, and a policy that imitates them learns to keep
+            whatever there is.
         beta: weight of the tokens removed in a demonstration's return. All teachers remove as many, so it says how much
             of the answer's score a demonstration may cost.
         budgets: tokens kept after every step of a demonstration, falling.
@@ -87,6 +101,13 @@ class ImitateStage:
     epochs: int = 4
     batch: int = 32
     learning_rate: float = 1e-3
+
+    def __post_init__(self) -> None:
+        _at_least(0, self, ["demonstrations"])
+        _at_least(1, self, ["search_rounds", "search_children", "epochs", "batch"])
+        falling = all(before > after for before, after in pairwise((*self.budgets, 0)))
+        if not self.budgets or not falling:
+            raise ValueError(f"budgets have to fall and to be at least 1, got {self.budgets}")
 
 
 @dataclass(frozen=True)
@@ -122,8 +143,8 @@ class PpoStage:
     discount: float = 0.9
     alpha: float = 1.0
     beta: float = 0.5
-    score: str = "log_likelihood"
-    baseline: str = "group"
+    score: Literal["log_likelihood", "correct"] = "log_likelihood"
+    baseline: Literal["group", "critic"] = "group"
     gamma: float = 0.5
     gae_lambda: float = 0.95
     minibatch: int = 512
@@ -134,6 +155,13 @@ class PpoStage:
     entropy_coeff: float = 0.0
     value_coeff: float = 0.5
     max_kl: float = 0.02
+
+    def __post_init__(self) -> None:
+        _at_least(0, self, ["epochs"])
+        _at_least(1, self, ["questions", "horizon", "minibatch", "update_epochs"])
+        _at_least(2 if self.baseline == "group" else 1, self, ["rollouts"])
+        if not 0 < self.discount <= 1:
+            raise ValueError(f"discount has to lie in (0, 1], got {self.discount}")
 
 
 @dataclass(frozen=True)
@@ -156,3 +184,7 @@ class TrainConfig:
     max_drop: float = 0.3
     seed: int = 0
     save_every: int = 20
+
+    def __post_init__(self) -> None:
+        _at_least(0, self, ["seed"])
+        _at_least(1, self, ["samples", "validation", "save_every"])

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from tprl.env import PruningEnv, Score, Trajectory
+from tprl.env import PruningEnv, Score
 from tprl.rewards import discounted_returns
 from tprl.selectors import IN_MODEL, SELECTORS, InModel, Selector, make_selector
 from tprl.selectors.attention import TextAttention
@@ -30,10 +30,10 @@ Worth = Callable[[Tensor, Tensor], Tensor]
 
 @dataclass(frozen=True)
 class Demonstrations:
-    """The best trajectory of every sample of a batch, its return ``(B,)``, and the index of the teacher it comes from,
-    int64 ``(B,)``."""
+    """The best demonstration of every sample of a batch: bool ``states (B, T + 1, N)``, its return ``(B,)``, and the
+    index of the teacher it comes from, int64 ``(B,)``."""
 
-    trajectory: Trajectory
+    states: Tensor
     returns: Tensor
     teacher: Tensor
 
@@ -78,13 +78,10 @@ class MemoScore:
 
     Args:
         worth: of subsets.
-
-    Attributes:
-        asked: how many subsets were scored.
     """
 
     def __init__(self, worth: Worth) -> None:
-        self.worth, self.asked = worth, 0
+        self.worth = worth
         self._known: dict[tuple[int, bytes], float] = {}
 
     def __call__(self, masks: Tensor) -> Tensor:
@@ -97,7 +94,6 @@ class MemoScore:
             places = torch.tensor(list(new.values()), device=masks.device)
             scores = self.worth(places % batch, masks.flatten(0, 1)[places])
             self._known.update(zip(new, scores.tolist(), strict=True))
-            self.asked += len(new)
         return torch.tensor([self._known[key] for key in keys]).reshape(steps, batch)
 
 
@@ -129,8 +125,10 @@ class Search:
             visual: the samples.
             value: what nested subsets ``(T, B, N)`` are worth, ``(B,)``.
         """
-        generator = torch.Generator().manual_seed(self.seed)
-        rows, steps = torch.arange(start.shape[1]), torch.arange(len(start))[:, None, None]
+        device = start.device
+        generator = torch.Generator(device).manual_seed(self.seed)
+        rows = torch.arange(start.shape[1], device=device)
+        steps = torch.arange(len(start), device=device)[:, None, None]
         blocks, proposed = _blocks(visual), hints * visual.mask.float()
         best, worth = start.sum(0), value(start)
         for _ in range(self.rounds):
@@ -171,36 +169,29 @@ def demonstrate(
 
     Args:
         score: from keep masks ``(T, B, N)`` to scores ``(T, B)``.
-        margin: return by which another has to beat the first teacher.
+        margin: return by which another has to beat the first teacher; the search may win by any.
         search: goes on from what was best, as one more teacher; it proposes tokens the more often, the more teachers
             keep them for the longer. None does without.
     """
 
-    def follow(masks: Tensor) -> tuple[Trajectory, Tensor]:
+    def follow(masks: Tensor) -> tuple[Tensor, Tensor]:
         env = PruningEnv(visual.mask, len(budgets), alpha, beta)
         for mask in masks:
             env.step(mask)
         trajectory = env.finish(unpruned_score, score)
-        return trajectory, discounted_returns(trajectory.rewards, gamma)[:, 0]
+        return trajectory.states, discounted_returns(trajectory.rewards, gamma)[:, 0]
 
     tried = [follow(nested_masks(teacher, visual, budgets)) for teacher in teachers]
     returns = torch.stack([value for _, value in tried])
-    handicap = torch.full((len(teachers), 1), margin)
+    handicap = returns.new_full((len(teachers), 1), margin)
     handicap[0] = 0
     best = (returns - handicap).argmax(0)
-    rows = torch.arange(len(best))
+    rows = torch.arange(len(best), device=best.device)
     if search is not None:
-        held = torch.stack([trajectory.actions for trajectory, _ in tried])
+        held = torch.stack([states[:, 1:] for states, _ in tried])
         start = held[best, rows].transpose(0, 1)
         found = follow(search.improve(start, 1 + held.sum((0, 2)), visual, lambda masks: follow(masks)[1]))
         best = torch.where(found[1] > returns[best, rows], len(teachers), best)
         tried.append(found)
-
-    def pick(name: str) -> Tensor:
-        return torch.stack([getattr(trajectory, name) for trajectory, _ in tried])[best, rows]
-
-    return Demonstrations(
-        Trajectory(pick("states"), pick("actions"), pick("rewards"), pick("scores")),
-        torch.stack([value for _, value in tried])[best, rows],
-        best,
-    )
+    states, returns = (torch.stack(parts)[best, rows] for parts in zip(*tried, strict=True))
+    return Demonstrations(states, returns, best)

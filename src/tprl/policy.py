@@ -122,10 +122,6 @@ class KeepDistribution:
         """Log-probability of every token's draw, ``(B, N)``, 0 at padding."""
         return torch.where(self.mask, torch.where(action, self.log_keep, self.log_drop), 0.0)
 
-    def log_prob(self, action: Tensor) -> Tensor:
-        """Log-probability of the whole action, ``(B,)``."""
-        return self.token_log_prob(action).sum(1)
-
     def entropy(self) -> Tensor:
         """Mean entropy a real token in nats, ``(B,)``."""
         entropy = -(self.log_keep.exp() * self.log_keep + self.log_drop.exp() * self.log_drop)

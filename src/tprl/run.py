@@ -4,6 +4,7 @@
     RUN/metrics.jsonl      one line an update
     RUN/tensorboard/       the same for TensorBoard, if asked for
     RUN/checkpoints/       the newest two of every stage
+    RUN/stages/            the pruner after every stage
     RUN/pruner/            the result
 
 A stage's update is a function of the step's number and of what the checkpoint holds, so a resumed run ends exactly as
@@ -34,6 +35,7 @@ from tprl.checkpoint import (
     load_optimizer,
     optimizer_tensors,
     prefixed,
+    reach_disk,
     save_checkpoint,
     save_text,
     with_prefix,
@@ -51,7 +53,7 @@ class RunFolder:
         folder: of the run.
         config: JSON-able settings, all that the result depends on.
         resume: go on with the run that stands there.
-        overwrite: delete what stands there and begin anew.
+        overwrite: delete the run that stands there, and nothing else, and begin anew.
         tensorboard: write metrics for TensorBoard too.
 
     Raises:
@@ -80,7 +82,7 @@ class RunFolder:
             raise ValueError("give one of --resume and --overwrite, not both")
         if folder.exists() and any(folder.iterdir()):
             if overwrite:
-                shutil.rmtree(folder)
+                _delete(folder)
             elif not resume:
                 raise ValueError(f"the run directory {folder} exists; --resume goes on with it, --overwrite deletes it")
         config = json.loads(json.dumps(config))
@@ -128,6 +130,7 @@ class RunFolder:
         """Write a checkpoint and delete all but the newest of the stage."""
         if not processes.is_first():
             return
+        reach_disk(self.folder / "metrics.jsonl")  # a checkpoint shall not outlive the metrics before it
         tensors = prefixed(module.state_dict().items(), "module.") | optimizer_tensors(optimizer)
         save_checkpoint(self.checkpoints / f"{stage}-{step:06d}.safetensors", tensors, _origin(step))
         for old in self._saved(stage)[KEPT_CHECKPOINTS:]:
@@ -218,6 +221,14 @@ def _check_finite(run: RunFolder, stage: Stage, step: int, metrics: dict[str, fl
         )
 
 
+def _delete(folder: Path) -> None:
+    """Remove what a run writes, see the module."""
+    for name in ("checkpoints", "stages", "pruner", "tensorboard", "cache"):
+        shutil.rmtree(folder / name, ignore_errors=True)
+    for path in [folder / "config.json", folder / "metrics.jsonl", *folder.glob("not-finite-*.safetensors")]:
+        path.unlink(missing_ok=True)
+
+
 def _origin(step: int) -> dict[str, Any]:
     """What a checkpoint says of itself. Config and seed stand in the run's ``config.json``; all random numbers and the
     place in the data follow from the seed and the step."""
@@ -229,7 +240,7 @@ def _tensorboard() -> Any:
     try:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError as error:
-        raise ValueError("--tensorboard needs TensorBoard: pip install 'tprl[tensorboard]'") from error
+        raise ValueError("--tensorboard needs TensorBoard: pip install tensorboard") from error
     return SummaryWriter
 
 

@@ -9,8 +9,8 @@ import pytest
 from PIL import Image
 
 from tprl.data import load_source
-from tprl.data.jsonl import Jsonl, read_image
-from tprl.data.sample import DataError
+from tprl.data.jsonl import Jsonl, parse_record, read_image
+from tprl.data.sample import DataError, samples_digest
 from tprl.scoring import parse_box, score
 
 GOOD = {"image": "a.png", "question": "What?", "answer": "dog"}
@@ -55,6 +55,8 @@ def test_box_as_an_answer_is_the_box(folder: Path, box: list[float], scale: floa
     record = {"image": "a.png", "question": "Where?", "box": box, "box_scale": scale}
     (sample,) = Jsonl(write(folder, record), "test").samples
     assert parse_box(sample.answers[0], sample.box_scale) == pytest.approx(sample.box)
+    written = parse_record(json.dumps(record | {"answer": "so"}), "1")
+    assert (written.box, written.answers) == (sample.box, ("so",))
     assert score(sample, sample.answers[0]) == pytest.approx(1)
 
 
@@ -66,7 +68,7 @@ BAD: dict[str, tuple[Any, str]] = {
     "no image": ({"question": "What?", "answer": "dog"}, "'image' is missing"),
     "no question": ({"image": "a.png", "answer": "dog"}, "'question' is missing"),
     "no answer": (WITHOUT, "one of 'answer', 'answers' and 'box'"),
-    "two answers": ({**GOOD, "box": [0, 0, 1, 1]}, "one of 'answer', 'answers' and 'box'"),
+    "two answers": ({**GOOD, "answers": ["dog"]}, "one of 'answer', 'answers' and 'box'"),
     "empty question": ({**GOOD, "question": " "}, "'question' has to be a text"),
     "empty answer": ({**GOOD, "answer": ""}, "'answer' has to be a text"),
     "a number as answer": ({**GOOD, "answer": 3}, "'answer' has to be a text"),
@@ -177,3 +179,11 @@ def test_read_image_is_upright_rgb(folder: Path) -> None:
     picture.save(folder / "turned.png", exif=exif)
     read = read_image(folder / "turned.png")
     assert (read.mode, read.size, read.getpixel((0, 0))) == ("RGB", (4, 8), (255, 0, 0))
+
+
+def test_a_picture_that_changes_is_another_version(folder: Path) -> None:
+    source = Jsonl(write(folder, GOOD), "test")
+    before, version = samples_digest(source), source.version("a.png")
+    Image.new("RGB", (7, 9)).save(folder / "a.png")
+    assert source.version("a.png") != version
+    assert samples_digest(source) != before

@@ -26,6 +26,9 @@ class Plain:
     def image(self, image_id: str) -> Image.Image:
         return Image.new("RGB", (40, 20) if image_id == "1" else (20, 40), self.colours[int(image_id)])
 
+    def version(self, image_id: str) -> str:
+        return ""
+
 
 class NoFont:
     """Every character is ten pixels wide."""

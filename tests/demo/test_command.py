@@ -14,7 +14,7 @@ def test_without_gradio_the_extra_is_named(monkeypatch: pytest.MonkeyPatch, caps
     monkeypatch.setitem(sys.modules, "gradio", None)
     monkeypatch.delitem(sys.modules, "tprl.demo.page", raising=False)
     assert main(["demo"]) == 2
-    assert "needs gradio: pip install 'tprl[demo]'" in capsys.readouterr().err
+    assert "needs gradio: pip install -e '.[demo]'" in capsys.readouterr().err
 
 
 def test_ports_that_are_not_allowed(capsys: pytest.CaptureFixture[str]) -> None:

@@ -50,8 +50,9 @@ def test_rows_by_hand() -> None:
     assert rows["no-question"]["accuracy_sd"] is None
     alone = compare({"critic": measured["critic"]}, {"critic": "g"}, "full")
     assert alone[0]["difference_points"] is None
-    results = {"model": "m", "data": "d", "split": "test", "n": 4, "machine": MACHINE, "commit": "abc"}
+    results = {"model": "m", "data": "d", "split": "test", "n": 4, "machine": MACHINE, "commits": ["abc", "def"]}
     table = ablation_table({**results, "rows": list(rows.values())})
+    assert "commit abc, def." in table
     assert "| g | critic | 2 | 12.5% \u00b1 17.7, -25.0 (-75.0 to +0.0) |" in table
 
 
@@ -66,6 +67,9 @@ def test_every_row_changes_what_it_says_and_nothing_else() -> None:
     assert ROWS["steps-2"].settings(shape, config) == (shape, replace(config, ppo=replace(config.ppo, horizon=2)))
     one_budget = replace(config, imitate=replace(config.imitate, budgets=(32,)))
     assert ROWS["one-budget"].settings(shape, config) == (shape, one_budget)
+    search = ("text-attention", "fastervlm", "divprune", "search")
+    searching = replace(config, imitate=replace(config.imitate, teachers=search))
+    assert ROWS["teacher-search"].settings(shape, config) == (shape, searching)
     assert ROWS["latent-16"].settings(shape, config) == (replace(shape, latent=16), config)
     assert all(set(row.stages) <= set(STAGES) for row in ROWS.values())
 
@@ -118,6 +122,13 @@ def test_the_recipe_trains_measures_and_goes_on(world: Path) -> None:
     assert all(path.stat().st_mtime_ns == time for path, time in before.items())
     rows = written(world)["rows"]
     assert [row["seeds"] for row in rows if row["budget"] == 2] == [[0, 3], [0, 3], [0], [0], [0]]
+    (world / "out" / "mine.txt").write_text("kept")
+    for path in (world / "out" / "cells").glob("*@3.json"):
+        path.write_text(path.read_text().replace('"commit": "', '"commit": "earlier-'))
+    assert ablate(world, "--rows", "full", "--resume").returncode == 0
+    measured_by = written(world)["commits"]
+    assert len(measured_by) == 2
+    assert sorted(measured_by)[1].startswith("earlier-")
     other = ablate(world, "--rows", "full", "--resume", "--budgets", "3")
     assert other.returncode == 2
     assert "other settings" in other.stderr
@@ -141,6 +152,8 @@ def test_what_is_refused_before_any_work(tmp_path: Path) -> None:
         run_ablation(tmp_path / "out", seeds="0,-1")
     with pytest.raises(ValueError, match="preset 'huge' is not one of"):
         run_ablation(tmp_path / "out", preset="huge")
+    with pytest.raises(ValueError, match=r"--preset quick and settings of one's own .* exclude each other"):
+        run_ablation(tmp_path / "out", preset="quick", config=TrainConfig())
     assert not (tmp_path / "out").exists()
     with pytest.raises(ValueError, match="exists; --resume"):
         run_ablation(tmp_path)

@@ -117,7 +117,7 @@ ABLATED += [ablated("no-question", budget, -7.25) for budget in (16, None)]
 
 def write_ablated(folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
-    results = {"model": "m", "data": "scenes-tiles", "split": "test", "n": 10, "machine": MACHINE, "commit": "abc"}
+    results = {"model": "m", "data": "scenes-tiles", "split": "test", "n": 10, "machine": MACHINE, "commits": ["abc"]}
     (folder / "ablation.json").write_text(json.dumps({**results, "rows": ABLATED}))
 
 

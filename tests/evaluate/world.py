@@ -93,6 +93,9 @@ class World:
     def image(self, image_id: str) -> Image.Image:
         return Image.fromarray(self._pixels[int(image_id)])
 
+    def version(self, image_id: str) -> str:
+        return ""
+
 
 def save_world(folder: Path, world: World) -> Path:
     """The same questions as a JSONL file with a picture folder of PNGs; returns the file."""

@@ -126,6 +126,32 @@ def test_shards_are_closed_once_full_and_an_interrupted_build_goes_on(
         torch.testing.assert_close(again.features(image_id).tokens, direct.tokens)
 
 
+def test_another_version_of_a_picture_makes_another_cache(lvlm: Lvlm, encoded: EncodedSamples, tmp_path: Path) -> None:
+    class Changed(World):
+        def version(self, image_id: str) -> str:
+            return "2" if image_id == "5" else ""
+
+    other = EncodedSamples(lvlm, Changed(), encoded.folder.parent, encoded.signals)
+    assert other.folder != encoded.folder
+    assert EncodedSamples(lvlm, World(), encoded.folder.parent, encoded.signals).folder == encoded.folder
+
+
+def test_another_template_makes_other_unpruned_scores(lvlm: Lvlm, tmp_path: Path) -> None:
+    before = EncodedSamples(lvlm, World(), tmp_path)
+    _ = before.unpruned
+    template, lvlm.processor.chat_template = (
+        lvlm.processor.chat_template,
+        lvlm.processor.chat_template.replace("[end]", "now"),
+    )
+    try:
+        after = EncodedSamples(lvlm, World(), tmp_path)
+        _ = after.unpruned
+    finally:
+        lvlm.processor.chat_template = template
+    assert after.folder == before.folder
+    assert len(list(after.folder.glob("unpruned-*"))) == 2
+
+
 def test_another_processor_makes_another_cache(lvlm: Lvlm, encoded: EncodedSamples) -> None:
     images = lvlm.processor.image_processor
     mean, images.image_mean = images.image_mean, [0.0, 0.0, 0.0]

@@ -8,9 +8,12 @@ import pytest
 import torch
 from PIL import Image
 
+import tprl
 from lvlm.processors import processor_of
 from lvlm.tiny import Tiny, make
 from tprl.lvlm.model import ImageFeatures, Lvlm
+from tprl.selectors.grid import UniformGrid
+from tprl.types import Selection, VisualTokens
 
 
 def lvlm(name: str = "llava") -> tuple[Lvlm, Tiny]:
@@ -104,6 +107,29 @@ def test_questions_become_the_embeddings_of_their_own_tokens() -> None:
     assert mask.tolist() == [[True] * 4, [True, True, False, False]]
     assert torch.equal(query[0], table[[7, 8, 9, 10]])
     assert torch.equal(query[1], torch.cat([table[[11, 12]], torch.zeros(2, 16)]))
+
+
+def test_a_question_is_told_from_the_template_as_it_is_in_a_prompt() -> None:
+    """The template says "a cat", so these words are nobody's question, here and where a prompt is pruned."""
+    model, tiny = lvlm()
+    model.processor.chat_template = "a cat " + model.processor.chat_template
+    query, mask = model.question_embeds(["what is a cat ?", "a cat"])
+    assert mask.tolist() == [[True] * 3, [False] * 3]
+    assert torch.equal(query[0], tiny.model.get_input_embeddings().weight[[7, 8, 10]])
+    seen: list[VisualTokens] = []
+
+    class Watch(UniformGrid):
+        def select(self, visual: VisualTokens, budget: torch.Tensor) -> Selection:
+            seen.append(visual)
+            return super().select(visual, budget)
+
+    inputs = model.processor(
+        text=[model.prompt_text("what is a cat ?")], images=[pictures((24, 24))], return_tensors="pt"
+    )
+    inputs["pixel_values"] = inputs["pixel_values"].double()
+    with tprl.prune(tiny.model, Watch(), budget=4, processor=model.processor), torch.no_grad():
+        tiny.model(**inputs)
+    assert torch.equal(seen[0].query[seen[0].query_mask], query[0, :3])
 
 
 def test_prompts_are_split_at_the_picture() -> None:

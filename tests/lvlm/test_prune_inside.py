@@ -226,4 +226,18 @@ def test_what_is_refused() -> None:
             prune_inside(tiny.model, FastV(1), budget=1)
         with pytest.raises(ValueError, match="budget 17 is more than a picture's 16 visual tokens"):
             tiny.model(**tiny.batch([1, "I", 2]))
+    inputs = tiny.batch([1, "I", 2])
+    with prune_inside(tiny.model, FastV(1), budget=4):
+        for option in ({"prefill_chunk_size": 4}, {"guidance_scale": 2.0}):
+            with pytest.raises(ValueError, match="fastv prunes inside the language model and needs the whole prompt"):
+                tiny.model.generate(**inputs, max_new_tokens=2, **option)
+        with pytest.raises(ValueError, match="a pruned model needs input_ids"):
+            tiny.model.generate(pixel_values=inputs["pixel_values"])
     assert HANDLE not in tiny.model.__dict__
+
+
+def test_at_least_one_token_of_a_prompt_with_a_picture_stays() -> None:
+    tiny = make("llava")
+    with prune_inside(tiny.model, FastV(1), keep_ratio=0.01) as pruning:
+        tiny.model(**tiny.batch([1, "I", 2], [1, 2]))
+    assert [[kept.count for kept in row] for row in pruning.kept] == [[1], []]

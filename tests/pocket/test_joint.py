@@ -14,6 +14,7 @@ from tprl.pocket.assemble import DELTA
 from tprl.pocket.base import load_base
 from tprl.pocket.joint import JOINT, JointConfig, load_weights, start_from, train_joint
 from tprl.pocket.labels import UNITS
+from tprl.pocket.language import LANGUAGE
 from tprl.pocket.model import unrounded
 from tprl.pocket.pictures import Batches, normalise
 from tprl.pocket.tower import TOWER, shipped_tower
@@ -52,6 +53,17 @@ def test_the_projector_goes_on_to_say_what_it_said(tmp_path: Path) -> None:
     known = nn.functional.linear(before, old["weight"], old["bias"])[..., UNITS:]
     stale = nn.functional.linear(after, old["weight"], old["bias"])[..., UNITS:]
     assert (fitted(after)[..., UNITS:] - known).std() < 0.25 * (stale - known).std()
+
+
+@torch.no_grad()
+def test_a_language_model_that_learned_on_is_the_one_that_goes_on(tmp_path: Path) -> None:
+    llava, _ = start_from(DELTA, tmp_path)
+    language = llava.model.language_model
+    own = {name: weight for name, weight in language.named_parameters() if "embed_tokens" not in name}
+    learned = {name: weight + 1 for name, weight in own.items()}
+    save_checkpoint(tmp_path / LANGUAGE, prefixed(learned.items(), "model.model."), {"step": 1})
+    after = dict(start_from(DELTA, tmp_path)[0].model.language_model.named_parameters())
+    assert all(torch.equal(after[name], weight) for name, weight in learned.items())
 
 
 def test_the_tower_stays_and_what_learned_is_packed_whole(tmp_path: Path) -> None:

@@ -1,6 +1,7 @@
 """Demonstrations become targets, and targets become a policy."""
 
 from pathlib import Path
+from typing import Any, cast
 
 import torch
 
@@ -10,13 +11,15 @@ from tprl.demonstrations import MemoScore
 from tprl.lvlm.cache import EncodedSamples
 from tprl.run import RunFolder
 from tprl.train.imitate import (
+    DemonstrationSet,
     collect_demonstrations,
+    imitate_stage,
     imitation_loss,
     survival_targets,
     unpruned_scores,
     worth_function,
 )
-from train.puzzle import Puzzle, make_pruner
+from train.puzzle import COUNT, Puzzle, make_pruner
 
 
 def test_targets_are_the_share_of_later_states_that_hold_a_token() -> None:
@@ -37,19 +40,26 @@ def test_the_loss_is_that_of_the_tokens_held() -> None:
 
 
 def test_imitating_teaches_which_token_the_question_names() -> None:
-    puzzle, pruner = Puzzle(), make_pruner()
-    optimizer = torch.optim.AdamW(pruner.policy.parameters(), lr=3e-3)
-    indices = list(range(len(puzzle)))
-    visual = puzzle.visual(indices)
-    target = torch.nn.functional.one_hot(puzzle.place(indices), visual.mask.shape[1]).float()
-    latents = pruner.encode(visual).detach()
-    for _ in range(200):
-        loss = imitation_loss(pruner.look(latents, visual, visual.mask).logits, target, visual.mask)
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
+    """Of every other question, in an order of their own; the first state tells 3 tokens from 1, the second 1 of 3."""
+    puzzle, pruner = cast(Any, Puzzle()), make_pruner()
+    indices = torch.arange(0, len(puzzle), 2).flip(0)
+    visual = puzzle.visual(indices.tolist())
+    away = (torch.arange(COUNT) - puzzle.place(indices.tolist())[:, None]) % COUNT
+    shown = DemonstrationSet(indices, torch.stack([away < size for size in (COUNT, 3, 1)], 1))
+    config = TrainConfig(imitate=ImitateStage(batch=10, epochs=150, learning_rate=3e-3))
+    stage = imitate_stage(pruner, puzzle, shown, config)
+    assert stage.steps == 2 * 150
+    for step in range(stage.steps):
+        stage.update(step)
+    pruner.eval()
     found = pruner.select(visual, torch.ones(len(indices), dtype=torch.int64)).keep_mask
-    assert (found & target.bool()).any(1).float().mean() > 0.9
+    assert (found & (away == 0)).any(1).float().mean() > 0.9
+    with torch.no_grad():
+        latents = pruner.encode(visual)
+        first, second = (pruner.look(latents, visual, shown.states[:, t]).logits.sigmoid() for t in (0, 1))
+    assert first[away == 0].mean() > 0.8
+    assert 0.35 < first[(away > 0) & (away < 3)].mean() < 0.65  # kept by one of two steps
+    assert second[(away > 0) & (away < 3)].mean() < 0.2
 
 
 def test_scores_of_all_steps_come_in_one_call() -> None:

@@ -1,7 +1,7 @@
 """PPO against slow re-statements, and whether it solves a puzzle."""
 
 from dataclasses import replace
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 import pytest
 import torch
@@ -49,34 +49,43 @@ def test_ratios_are_one_before_the_first_step() -> None:
     assert other["approx_kl"] > 1e-2  # re-scored with another discount than drawn with
 
 
-def test_the_loss_equals_a_loop_over_tokens() -> None:
-    pruner, rolled = rollouts()
+@pytest.mark.parametrize("baseline", ["group", "critic"])
+def test_the_loss_equals_a_loop_over_tokens(baseline: Literal["group", "critic"]) -> None:
+    settings = replace(SETTINGS, baseline=baseline, entropy_coeff=0.3, value_coeff=0.7)
+    pruner, rolled = rollouts(settings)
     with torch.no_grad():
         for weight in pruner.policy.actor.parameters():
             weight += 0.3 * torch.randn(weight.shape, generator=torch.Generator().manual_seed(1))
     chosen = torch.tensor([3, 0, 17, 8])
-    advantage, target = advantages(rolled, SETTINGS)
-    loss, metrics = ppo_loss(pruner, rolled, chosen, advantage[chosen], target[chosen], SETTINGS)
-    gains, clipped = [], 0
+    advantage, target = advantages(rolled, settings)
+    loss, metrics = ppo_loss(pruner, rolled, chosen, advantage[chosen], target[chosen], settings)
+    gains, entropies, errors, clipped = [], [], [], 0
     for episode in chosen.tolist():
         question = int(rolled.rows[episode])
         for t in range(SETTINGS.horizon):
             state = rolled.trajectory.states[episode, t]
             one = Puzzle().visual([INDICES[question]])
-            logits = pruner.look(pruner.encode(one), one, state[None]).logits[0]
+            output = pruner.look(pruner.encode(one), one, state[None])
+            errors.append((output.state_value[0].item() - target[episode, t].item()) ** 2)
+            surprise = []
             for i in range(COUNT):
                 if not state[i]:
                     continue
-                probability = SETTINGS.discount**t * torch.sigmoid(logits[i].double())
+                probability = SETTINGS.discount**t * torch.sigmoid(output.logits[0, i].double())
+                surprise.append(-float(probability * probability.log() + (1 - probability) * (1 - probability).log()))
                 kept = bool(rolled.trajectory.actions[episode, t, i])
                 new = torch.log(probability if kept else 1 - probability)
                 ratio = float((new - rolled.log_probs[episode, t, i]).exp())
                 gain = float(advantage[episode, t])
                 gains.append(min(ratio * gain, min(max(ratio, 0.8), 1.2) * gain))
                 clipped += abs(ratio - 1) > 0.2
+            entropies.append(sum(surprise) / len(surprise))
     assert metrics["clip_fraction"] == pytest.approx(clipped / len(gains), abs=1e-6)
     assert clipped
-    assert loss.item() == pytest.approx(-sum(gains) / len(gains), rel=1e-4)
+    entropy, error = sum(entropies) / len(entropies), sum(errors) / len(errors)
+    expected = -sum(gains) / len(gains) - 0.3 * entropy + (0.7 * error if baseline == "critic" else 0)
+    assert entropy > 0.1
+    assert loss.item() == pytest.approx(expected, rel=1e-4)
 
 
 def test_group_advantages_compare_episodes_of_one_question() -> None:
@@ -92,7 +101,7 @@ def test_group_advantages_compare_episodes_of_one_question() -> None:
 
 
 @pytest.mark.parametrize("baseline", ["group", "critic"])
-def test_ppo_learns_which_token_is_needed(baseline: str) -> None:
+def test_ppo_learns_which_token_is_needed(baseline: Literal["group", "critic"]) -> None:
     puzzle = Puzzle()
     settings = PpoStage(
         epochs=60,
@@ -112,6 +121,15 @@ def test_ppo_learns_which_token_is_needed(baseline: str) -> None:
     probs = pruner.keep_probs(puzzle.visual(indices))
     needed = probs[torch.arange(len(indices)), puzzle.place(indices)]
     assert needed.mean() > 2 * probs.mean()
+
+
+def test_every_process_gets_an_episode_of_every_minibatch(monkeypatch: pytest.MonkeyPatch) -> None:
+    """15 episodes in minibatches of 14 are two, of 8 and 7."""
+    monkeypatch.setattr(processes, "count", lambda: 8)
+    config = TrainConfig(ppo=replace(SETTINGS, questions=5, rollouts=3, minibatch=14))
+    with pytest.raises(ValueError, match="minibatches of 14 of 15 episodes, the smallest of 7 cannot be shared by 8"):
+        ppo_stage(make_pruner(), cast(Any, Puzzle()), config)
+    ppo_stage(make_pruner(), cast(Any, Puzzle()), replace(config, ppo=replace(config.ppo, minibatch=15)))
 
 
 def test_an_update_changes_the_policy_alone() -> None:

@@ -9,15 +9,18 @@ import tyro
 
 from tprl import processes
 from tprl.commands.parse import parse_budgets, parse_names, parse_seeds
-from tprl.commands.train import PRESETS
+from tprl.commands.train import choose_settings
 from tprl.config import PrunerConfig, TrainConfig
 from tprl.data import load_source
+from tprl.data.sample import samples_digest
 from tprl.evaluate.ablation import Cells, compare, load_cells, measure, save_cells, write_ablation
-from tprl.evaluate.benchmark import CELLS, check_out
-from tprl.evaluate.provenance import commit, machine, samples_digest
+from tprl.evaluate.benchmark import CELLS, check_budgets, check_out
+from tprl.evaluate.provenance import commit, machine
 from tprl.lvlm.cache import EncodedSamples, weights_digest
 from tprl.pocket.assemble import cache_folder, open_lvlm
 from tprl.train.ablation import FULL, ROWS, train_row
+
+TRAININGS = "trainings"
 
 
 def ablate(
@@ -58,14 +61,12 @@ def ablate(
         cache: folder where encoded pictures are kept between runs; $TPRL_CACHE or ~/.cache/tprl unless given.
         resume: go on with what the folder holds.
         overwrite: throw away what the folder holds.
-        config: settings in the place of the preset's.
+        config: settings of one's own, each with the default preset's value unless given; not together with --preset.
     """
     names, chosen_seeds, sizes = parse_names(rows), parse_seeds(seeds), parse_budgets(budgets)
     if unknown := [name for name in names if name not in ROWS]:
         raise ValueError(f"unknown rows {', '.join(unknown)}; known: {', '.join(ROWS)}")
-    if preset not in PRESETS:
-        raise ValueError(f"preset {preset!r} is not one of {', '.join(PRESETS)}")
-    settings = config or PRESETS[preset]
+    settings = choose_settings(preset, config)
     sources = load_source(data, "train", settings.samples), load_source(data, "val", settings.validation)
     test = load_source(data, split, n)
     with processes.joined(device) as own_device:
@@ -75,35 +76,40 @@ def ablate(
         cache = cache or cache_folder()
         with processes.first_alone():
             encoded = EncodedSamples(lvlm, test, cache)
+        check_budgets(lvlm, test, sizes)
         made_from = {
-            "weights": weights_digest(lvlm), "samples": samples_digest(test), "budgets": sizes,
-            "settings": asdict(replace(settings, seed=0)),
+            "weights": weights_digest(lvlm), "dtype": str(lvlm.model.dtype).removeprefix("torch."),
+            "samples": samples_digest(test), "budgets": sizes, "settings": asdict(replace(settings, seed=0)),
         }  # fmt: skip
         about = {
             "model": model, "data": test.name, "split": test.split, "n": len(encoded), "machine": machine(lvlm),
-            "commit": commit(), "settings": made_from["settings"],
+            "settings": made_from["settings"],
         }  # fmt: skip
         with processes.first_alone():
             if overwrite and processes.is_first():
-                shutil.rmtree(out, ignore_errors=True)
+                for name in (CELLS, TRAININGS):
+                    shutil.rmtree(out / name, ignore_errors=True)
             (out / CELLS).mkdir(parents=True, exist_ok=True)
 
         found: dict[str, dict[int, Cells]] = {name: {} for name in ROWS}
+        commits = set[str]()
         for name in ROWS:
             for path in sorted((out / CELLS).glob(f"{name}@*.json")):
-                found[name][int(path.stem.partition("@")[2])] = load_cells(path, made_from)
+                found[name][int(path.stem.partition("@")[2])], measured_by = load_cells(path, made_from)
+                commits.add(measured_by)
         for name in names:
             row = ROWS[name]
             for seed in chosen_seeds:
                 if seed not in found[name]:
                     seeded = replace(settings, seed=seed)
-                    pruner = train_row(row, out / "trainings", lvlm, sources, shape, seeded, cache).to(lvlm.device)
+                    pruner = train_row(row, out / TRAININGS, lvlm, sources, shape, seeded, cache).to(lvlm.device)
                     found[name][seed] = measure(encoded, pruner, sizes, row.positions, f"{name}, seed {seed}")
                     if processes.is_first():
                         save_cells(out / CELLS / f"{name}@{seed}.json", made_from, found[name][seed])
+                    commits.add(commit())
                 done = {name: cells for name, cells in found.items() if cells}
                 if processes.is_first():
                     rows_so_far = compare(done, {name: ROWS[name].group for name in done}, FULL)
-                    write_ablation({**about, "rows": rows_so_far}, out)
+                    write_ablation({**about, "commits": sorted(commits), "rows": rows_so_far}, out)
         if processes.is_first():
             print((out / "ablation.md").read_text())

@@ -94,6 +94,6 @@ def _draw(
     budgets = [total // 3, total // 9, total // 27]
     frames = [draw_kept(image, coords, torch.ones_like(keep), f"all {total} tokens")]
     for budget in [budget for budget in budgets if budget > int(keep.sum())]:
-        chosen = policy.select(visual, torch.tensor([budget])).keep_mask[0].cpu()
+        chosen = policy.select(visual, torch.tensor([budget], device=visual.mask.device)).keep_mask[0].cpu()
         frames.append(draw_kept(image, coords, chosen, f"the {budget} likeliest"))
     return side_by_side([*frames, last])

@@ -5,6 +5,7 @@ from pathlib import Path
 from tprl import processes
 from tprl.commands.evaluate import evaluate
 from tprl.commands.parse import parse_names
+from tprl.data import load_source
 from tprl.evaluate.benchmark import check_out
 from tprl.evaluate.methods import METHODS
 
@@ -53,6 +54,8 @@ def benchmark(
         raise ValueError(f"the sets {data} need different file names, since each gets a folder of that name")
     with processes.joined(device) as own_device:
         check_out(out, resume, overwrite)
+        for name in sets.values():
+            load_source(name, split, n)  # what cannot be read shall be said before the first set is measured
         for folder, name in sets.items():
             evaluate(
                 out / folder, data=name, split=split, n=n, budgets=budgets, methods=methods, model=model,

@@ -51,7 +51,8 @@ def make(out: Path, *, data: str = "scenes", split: str = "train", n: int = 1000
             if sample.box is None:
                 record |= {"answer": sample.answers[0]} if len(sample.answers) == 1 else {"answers": sample.answers}
             else:
-                record |= {"box": [edge * sample.box_scale for edge in sample.box], "box_scale": sample.box_scale}
+                box = [edge * sample.box_scale for edge in sample.box]
+                record |= {"box": box, "box_scale": sample.box_scale, "answer": sample.answers[0]}
             file.write(json.dumps(record | {"family": sample.family}) + "\n")
     partial.replace(out / "questions.jsonl")
     print(f"wrote {len(names)} pictures and {len(source.samples)} questions into {out}")

@@ -32,7 +32,7 @@ def demo(
     try:
         from tprl.demo.page import build, serve
     except ModuleNotFoundError as error:
-        raise ValueError(f"the demo needs {error.name}: pip install 'tprl[demo]'") from error
+        raise ValueError(f"the demo needs {error.name}: pip install -e '.[demo]'") from error
     lvlm = open_lvlm(model, dtype, device)
     policy = _policy(pruner, lvlm)
     if policy is None:

@@ -1,6 +1,7 @@
 """``tprl evaluate``: how much accuracy pruning costs and what it saves, against the peers, in one run."""
 
 import json
+import sys
 from pathlib import Path
 
 import tprl
@@ -64,6 +65,8 @@ def evaluate(
     """
     names, sizes = parse_names(methods), parse_budgets(budgets)
     check_names(names)
+    if seed < 0 or gallery < 0:
+        raise ValueError(f"--seed and --gallery are whole numbers from 0 on, got {seed} and {gallery}")
     with processes.joined(device) as own_device:
         lvlm = open_lvlm(model, dtype, own_device)
         fitting = None
@@ -72,6 +75,8 @@ def evaluate(
         rows = make_methods(names, sizes, fitting, threshold, threshold_row, seed)
         source = load_source(data, split, n, skip_bad, images)
         known = _trained_on(pruner) if fitting else None
+        if known == source.name and split == "test" and data.endswith(".jsonl"):
+            print(f"the pruner was trained on {known}, all of which is its split 'test'", file=sys.stderr)
         run = Benchmark(lvlm, model, source, rows, out, cache or cache_folder(), seed, resume, overwrite, known)
         run.measure()
         with processes.first_alone():  # the others wait, since they would disturb the prefills
@@ -90,4 +95,5 @@ def _trained_on(pruner: Path | None) -> str | None:
     if pruner is None:
         return "scenes"
     run = pruner.resolve().parent / "config.json"
-    return Path(json.loads(run.read_text())["data"]).name if run.is_file() else None
+    data = json.loads(run.read_text()).get("data") if run.is_file() else None
+    return Path(data).name if isinstance(data, str) else None

@@ -30,8 +30,8 @@ def train(run: Path, *, stages: str = ",".join(STAGES), shipped: bool = False, s
     Args:
         run: folder of checkpoints and metrics.
         stages: comma-separated, of tower, language, joint.
-        shipped: start tower or joint from the weights that the package ships; joint with the tower in ``run`` if there
-            is one.
+        shipped: start each stage from the weights that the package ships, joint with the tower and the language model
+            that ``run`` holds, if any.
         seed: all randomness follows from it.
     """
     names = [name.strip() for name in stages.split(",")]

@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Callable
-from dataclasses import asdict, replace
+from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import Annotated
 
@@ -13,7 +13,8 @@ from rich.table import Table
 from tprl import processes
 from tprl.config import AutoencoderStage, ImitateStage, PpoStage, PrunerConfig, TrainConfig
 from tprl.data import load_source
-from tprl.pocket.assemble import cache_folder, open_lvlm
+from tprl.data.sample import samples_digest
+from tprl.pocket.assemble import cache_folder, choose_dtype, open_lvlm
 from tprl.pruner import TokenPruner
 from tprl.run import RunFolder
 from tprl.train.pipeline import STAGES
@@ -41,6 +42,19 @@ PAPER = TrainConfig(
 """The values of TPRL, arXiv 2603.13394."""
 
 PRESETS = {"default": TrainConfig(), "quick": QUICK, "paper": PAPER}
+
+
+def choose_settings(preset: str, config: TrainConfig | None) -> TrainConfig:
+    """The settings of a preset, or ``config`` in their place.
+
+    Raises:
+        ValueError: there is no such preset, or both are given.
+    """
+    if preset not in PRESETS:
+        raise ValueError(f"preset {preset!r} is not one of {', '.join(PRESETS)}")
+    if config is not None and preset != "default":
+        raise ValueError(f"--preset {preset} and settings of one's own (set:) exclude each other")
+    return config or PRESETS[preset]
 
 
 def train(
@@ -83,33 +97,41 @@ def train(
         device: "cpu" or "cuda"; each of several processes takes a GPU of its own.
         cache: folder where encoded pictures are kept between runs; ~/.cache/tprl unless given.
         resume: go on with the run in the folder.
-        overwrite: delete the run in the folder first.
+        overwrite: delete the run in the folder first, and nothing else there.
         tensorboard: write the metrics to RUN/tensorboard too.
-        config: settings in the place of the preset's.
+        config: settings of one's own, each with the default preset's value unless given; not together with --preset.
     """
-    if preset not in PRESETS:
-        raise ValueError(f"preset {preset!r} is not one of {', '.join(PRESETS)}")
-    settings = config or PRESETS[preset]
+    settings = choose_settings(preset, config)
     names = [name.strip() for name in stages.split(",")]
     if unknown := [name for name in names if name not in STAGES]:
         raise ValueError(f"unknown stages {unknown}; known: {', '.join(STAGES)}")
-    asked = {
-        "model": model, "data": data, "val_data": val_data, "stages": names, "init": str(init) if init else None,
-        "use_question": use_question, "use_autoencoder": use_autoencoder, "settings": asdict(settings),
-    }  # fmt: skip
     sources = (
         load_source(data, "train", settings.samples, skip_bad, images),
         load_source(val_data or data, "val", settings.validation, skip_bad, images),
     )
     with processes.joined(device) as own_device:
-        folder = RunFolder(run, asked, resume, overwrite, tensorboard)
-        lvlm = open_lvlm(model, dtype, own_device)
+        precision = choose_dtype(dtype, own_device)
+        asked = {
+            "model": model, "dtype": precision, "data": data, "val_data": val_data,
+            "images": str(images) if images else None, "samples": [samples_digest(source) for source in sources],
+            "stages": names, "init": str(init) if init else None, "preset": preset, "use_question": use_question,
+            "use_autoencoder": use_autoencoder, "settings": asdict(settings),
+        }  # fmt: skip
+        lvlm = open_lvlm(model, precision, own_device)
         sized: Callable[[int, str], PrunerConfig] = PrunerConfig.paper if preset == "paper" else PrunerConfig
         shape = replace(sized(lvlm.width, lvlm.fingerprint), use_question=use_question, use_autoencoder=use_autoencoder)
         start = TokenPruner.from_pretrained(init, lvlm.fingerprint) if init else None
+        if start is not None and (other := _differing(replace(start.config, threshold=shape.threshold), shape)):
+            raise ValueError(f"the pruner in {init} has another {', '.join(other)} than is asked for")
+        folder = RunFolder(run, asked, resume, overwrite, tensorboard)
         run_training(folder, lvlm, sources, shape, settings, names, start, cache or cache_folder())
         if processes.is_first():
             _print_summary(run)
+
+
+def _differing(one: PrunerConfig, other: PrunerConfig) -> list[str]:
+    """Names of the settings in which two pruners differ."""
+    return [field.name for field in fields(PrunerConfig) if getattr(one, field.name) != getattr(other, field.name)]
 
 
 def _print_summary(run: Path) -> None:

@@ -58,6 +58,9 @@ class EasyVqa:
     def image(self, image_id: str) -> Image.Image:
         return read_image(self._paths[image_id])
 
+    def version(self, image_id: str) -> str:
+        return ""
+
 
 def question_family(question: str) -> str:
     """Which of ``FAMILIES`` a question belongs to: what is asked for, or, of yes and no, whether it is negated."""

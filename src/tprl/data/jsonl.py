@@ -8,7 +8,8 @@ One JSON object a line, for example::
 
 ``image`` is a path relative to the picture folder. Every record has one of ``answer`` (a text), ``answers`` (one text
 for each person asked, scored by VQA accuracy) and ``box`` (left, top, right, bottom, scored by IoU). A box is written
-in the numbers that the model is expected to answer with: ``box_scale`` is the number that stands for a whole side, 1
+in the numbers that the model is expected to answer with; ``answer`` beside it is how it writes them, where that is not
+as they stand. ``box_scale`` is the number that stands for a whole side, 1
 (fractions of the sides) unless given. Boxes in pixels have to be divided by the width and height first. ``family``
 groups the results ("all" unless given), and ``id`` names the question (the number of its line unless given).
 """
@@ -84,6 +85,10 @@ class Jsonl:
         except DataError as error:
             raise DataError(f"{self.path}:{self._lines[image_id]}: {error}") from error
 
+    def version(self, image_id: str) -> str:
+        status = (self.folder / image_id).stat()
+        return f":{status.st_size}:{status.st_mtime_ns}"
+
     def _records(self) -> Iterator[Line]:
         """The samples of all lines that can be read, with their line numbers."""
         ids: dict[str, int] = {}
@@ -144,14 +149,15 @@ def parse_record(line: bytes | str, default_id: str) -> Sample:
     if unknown := sorted(record.keys() - set(FIELDS)):
         raise DataError(f"unknown fields {unknown}; known are {list(FIELDS)}")
     given = [name for name in ("answer", "answers", "box") if name in record]
-    if len(given) != 1:
+    if len(given) != 1 and given != ["answer", "box"]:
         raise DataError(f"a record has one of 'answer', 'answers' and 'box', this one has {given or 'none'}")
     if "box_scale" in record and "box" not in record:
         raise DataError("'box_scale' is of no use without 'box'")
     box, scale = None, 1.0
     if "box" in record:
         box, scale = _box(record)
-        answers: tuple[str, ...] = (" ".join(str(edge) for edge in record["box"]),)
+        written = _text(record, "answer") if "answer" in record else " ".join(str(edge) for edge in record["box"])
+        answers: tuple[str, ...] = (written,)
     elif "answer" in record:
         answers = (_text(record, "answer"),)
     else:

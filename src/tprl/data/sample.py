@@ -1,5 +1,6 @@
 """A question about a picture, and where such questions come from."""
 
+import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
@@ -43,6 +44,18 @@ class Source(Protocol):
         """The RGB picture called ``image_id``; raises DataError where it cannot be read."""
         ...
 
+    def version(self, image_id: str) -> str:
+        """A text that changes where the picture called ``image_id`` may have changed; "" where none ever does."""
+        ...
+
 
 class DataError(ValueError):
     """A record or a picture that cannot be read; the message names it."""
+
+
+def samples_digest(source: Source) -> str:
+    """A digest that changes with any question, answer or picture."""
+    samples = "\n".join(
+        f"{s.image_id}{source.version(s.image_id)}\t{s.question}\t{s.answers}\t{s.box}" for s in source.samples
+    )
+    return hashlib.sha256(samples.encode()).hexdigest()[:16]

@@ -10,7 +10,7 @@ from typing import Any
 
 from tprl.evaluate.benchmark import Cell, mean, score_questions
 from tprl.evaluate.methods import make_methods
-from tprl.evaluate.provenance import write_json, write_text
+from tprl.evaluate.provenance import commit, write_json, write_text
 from tprl.evaluate.statistics import bootstrap_ci95
 from tprl.lvlm.cache import EncodedSamples
 from tprl.lvlm.cut import Positions
@@ -31,13 +31,13 @@ def measure(
 
 
 def save_cells(path: Path, made_from: dict[str, Any], cells: Cells) -> None:
-    """Write the cells of a row and seed."""
+    """Write the cells of a row and seed, and which commit measured them."""
     parts = [{"budget": budget, "scores": cell.scores, "kept": cell.kept} for budget, cell in cells.items()]
-    write_json(path, {"made_from": made_from, "cells": parts})
+    write_json(path, {"made_from": made_from, "commit": commit(), "cells": parts})
 
 
-def load_cells(path: Path, made_from: dict[str, Any]) -> Cells:
-    """The cells of a row and seed.
+def load_cells(path: Path, made_from: dict[str, Any]) -> tuple[Cells, str]:
+    """The cells of a row and seed, and the commit that measured them.
 
     Raises:
         ValueError: they were made from something else.
@@ -45,7 +45,7 @@ def load_cells(path: Path, made_from: dict[str, Any]) -> Cells:
     content = json.loads(path.read_text())
     if content["made_from"] != json.loads(json.dumps(made_from)):
         raise ValueError(f"{path} was made with other settings; use another folder or --overwrite")
-    return {part["budget"]: Cell(part["scores"], part["kept"]) for part in content["cells"]}
+    return {part["budget"]: Cell(part["scores"], part["kept"]) for part in content["cells"]}, content["commit"]
 
 
 def compare(measured: Mapping[str, Mapping[int, Cells]], groups: Mapping[str, str], full: str) -> list[dict[str, Any]]:
@@ -108,7 +108,7 @@ def ablation_table(results: dict[str, Any]) -> str:
     lines = [
         f"{results['model']} on {results['data']}/{results['split']}, {results['n']} questions. Accuracy, and points "
         f"against the full method with the 95 % interval over questions. {machine['cpu']}, {machine['dtype']}, "
-        f"torch {machine['torch']}; commit {results['commit'][:12]}.",
+        f"torch {machine['torch']}; commit {', '.join(each[:12] for each in results['commits'])}.",
         "",
         "| about | row | seeds | " + " | ".join(heads) + " |",
         "|:---|:---|---:|" + "---:|" * len(heads),

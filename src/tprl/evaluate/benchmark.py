@@ -7,7 +7,7 @@ methods do in turns. Several processes, see ``tprl.processes``, share the questi
 
 import json
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -16,11 +16,11 @@ import torch
 from transformers import BatchFeature
 
 from tprl import processes
-from tprl.data.sample import Source
+from tprl.data.sample import Source, samples_digest
 from tprl.evaluate.flops import encoded_tokens, kv_cache_mib, lvlm_flops
 from tprl.evaluate.latency import measure_prefills, prompt_inputs
 from tprl.evaluate.methods import QUESTION_BLIND, Method, choice_flops
-from tprl.evaluate.provenance import commit, machine, pruner_digest, samples_digest, write_json
+from tprl.evaluate.provenance import commit, machine, pruner_digest, write_json
 from tprl.evaluate.statistics import bootstrap_ci95
 from tprl.lvlm.cache import EncodedSamples, weights_digest
 from tprl.lvlm.model import Lvlm
@@ -86,7 +86,7 @@ class Benchmark:
         trained_on: str | None = None,
     ) -> None:
         check_out(out, resume, overwrite)
-        _check_budgets(lvlm, source, methods)
+        check_budgets(lvlm, source, (method.budget for method in methods if method.budget is not None))
         self.lvlm, self.model, self.source, self.methods, self.out, self.seed = lvlm, model, source, methods, out, seed
         signals = frozenset[str]().union(*(method.needs for method in methods))
         with processes.first_alone():
@@ -147,6 +147,7 @@ class Benchmark:
             return None
         fields = json.loads(path.read_text())
         made, wanted = fields.pop("made_from"), self._origin(method)
+        fields.pop("commit", None)  # for the record; older cells have none
         if other := [name for name in wanted if made.get(name) != wanted[name]]:
             was = ", ".join(f"{name} {made.get(name)} instead of {wanted[name]}" for name in other)
             raise ValueError(f"{path} was made with {was}; use another folder or --overwrite")
@@ -163,7 +164,10 @@ class Benchmark:
 
     def _store(self, label: str, method: Method | None, cell: Cell) -> None:
         if processes.is_first():
-            write_json(self.out / CELLS / f"{label}.json", {"made_from": self._origin(method), **asdict(cell)})
+            write_json(
+                self.out / CELLS / f"{label}.json",
+                {"made_from": self._origin(method), "commit": commit(), **asdict(cell)},
+            )
 
     # --- measuring -------------------------------------------------------------------------------------------
 
@@ -291,11 +295,12 @@ def check_out(out: Path, resume: bool, overwrite: bool) -> None:
     processes.meet()
 
 
-def _check_budgets(lvlm: Lvlm, source: Source, methods: Sequence[Method]) -> None:
+def check_budgets(lvlm: Lvlm, source: Source, budgets: Iterable[int]) -> None:
+    """Raise ValueError unless the first picture of ``source`` has as many visual tokens as every budget."""
     total = len(lvlm.encode_images([source.image(source.samples[0].image_id)])[0].tokens)
-    for method in methods:
-        if method.budget is not None and not 1 <= method.budget <= total:
-            raise ValueError(f"budget {method.budget} is not allowed; 1 to {total}, a picture's visual tokens")
+    for budget in budgets:
+        if not 1 <= budget <= total:
+            raise ValueError(f"budget {budget} is not allowed; 1 to {total}, a picture's visual tokens")
 
 
 def _clear(out: Path) -> None:

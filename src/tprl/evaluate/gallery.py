@@ -43,6 +43,7 @@ def write_gallery(
     budget = min(budgets, key=lambda size: abs(size - BUDGET)) if budgets else None
     shown = [method for method in methods if method.budget in (budget, None)]
     folder = out / "gallery"
+    (out / "gallery.json").unlink(missing_ok=True)  # it names pictures that go now
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir()
     cases = []

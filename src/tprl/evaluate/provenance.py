@@ -13,15 +13,8 @@ from typing import Any
 import torch
 
 import tprl
-from tprl.data.sample import Source
 from tprl.lvlm.model import Lvlm
 from tprl.pruner import TokenPruner
-
-
-def samples_digest(source: Source) -> str:
-    """A digest that changes with any question, answer or picture's name."""
-    samples = "\n".join(f"{s.image_id}\t{s.question}\t{s.answers}\t{s.box}" for s in source.samples)
-    return hashlib.sha256(samples.encode()).hexdigest()[:16]
 
 
 def pruner_digest(pruner: TokenPruner) -> str:

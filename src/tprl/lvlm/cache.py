@@ -1,7 +1,7 @@
 """Samples as a frozen LVLM sees them, computed once and kept on disk.
 
-Pictures become visual tokens in shards (``tprl.lvlm.shards``). The cache is keyed by everything that its content
-depends on, so another model, another processor, other data or another dtype make another cache.
+Pictures become visual tokens in shards (``tprl.lvlm.shards``). The cache is keyed by the model, the dtype, the image
+processor, the pictures' names and versions and the first one's pixels, so where any of these differs there is another.
 """
 
 import hashlib
@@ -51,7 +51,7 @@ class EncodedSamples:
             "dtype": str(lvlm.model.dtype),
             "processor": cast(Any, lvlm.processor).image_processor.to_json_string(),
             "source": [source.name, source.split],
-            "images": hashlib.sha256("\n".join(self.image_ids).encode()).hexdigest(),
+            "images": hashlib.sha256("\n".join(i + source.version(i) for i in self.image_ids).encode()).hexdigest(),
             "pixels": hashlib.sha256(source.image(self.image_ids[0]).tobytes()).hexdigest(),
             "signals": sorted(self.signals),
         }
@@ -69,6 +69,11 @@ class EncodedSamples:
 
     def __len__(self) -> int:
         return len(self.samples)
+
+    @property
+    def template(self) -> tuple[list[int], list[int]]:
+        """What tokenizer and chat template make of a question and an answer; scores depend on it, tokens do not."""
+        return self.lvlm.prompt_ids("?", "!")
 
     @phase("read")
     def visual(self, indices: Sequence[int]) -> VisualTokens:
@@ -216,6 +221,7 @@ class EncodedSamples:
         processes together."""
         if self._unpruned is None:
             text = "\n".join(f"{s.image_id}\t{s.question}\t{s.answers[0]}" for s in self.samples)
+            text += repr(self.template)
             path = self.folder / f"unpruned-{hashlib.sha256(text.encode()).hexdigest()[:16]}.safetensors"
             if not path.exists():
                 scores = self._score_everything()

@@ -62,7 +62,7 @@ class Lvlm:
     """A model, its processor and the facts of its family.
 
     Args:
-        model: of one of ``FAMILIES``; put into evaluation mode.
+        model: of one of ``FAMILIES``.
         processor: the model's own; without one, only ``width`` and ``fingerprint`` can be had.
 
     Raises:
@@ -71,7 +71,7 @@ class Lvlm:
 
     def __init__(self, model: PreTrainedModel, processor: ProcessorMixin | None = None) -> None:
         self.family = family_of(model)
-        self.model: PreTrainedModel = cast(Any, model).eval()
+        self.model = model
         self.processor = processor
 
     @classmethod
@@ -80,7 +80,7 @@ class Lvlm:
     ) -> "Lvlm":
         """Load the model and the processor that stand at a path or on the Hub."""
         model: Any = AutoModelForImageTextToText.from_pretrained(name_or_path, dtype=dtype)
-        return cls(model.to(device), load_processor(name_or_path, model.config))
+        return cls(model.to(device).eval(), load_processor(name_or_path, model.config))
 
     @property
     def device(self) -> torch.device:
@@ -150,15 +150,17 @@ class Lvlm:
 
     @torch.no_grad()
     def question_embeds(self, questions: list[str]) -> tuple[Tensor, Tensor]:
-        """Input embeddings of the questions' own tokens, without chat template or special tokens.
+        """Input embeddings of the questions' own tokens: without chat template or special tokens, and without words
+        that the template holds too, since in a prompt they cannot be told from the template's.
 
         Returns:
             ``(B, Q, D)`` in the model's dtype, zero where padded, and the bool mask ``(B, Q)``.
         """
         tokenizer = self._tokenizer()
-        ids = [torch.tensor(tokenizer(question, add_special_tokens=False)["input_ids"]) for question in questions]
+        whole = [tokenizer(question, add_special_tokens=False)["input_ids"] for question in questions]
+        ids = [torch.tensor([i for i in row if i not in self.template_ids], dtype=torch.int64) for row in whole]
         mask = pad_sequence([torch.ones(len(row), dtype=torch.bool) for row in ids], batch_first=True).to(self.device)
-        padded = pad_sequence([row.long() for row in ids], batch_first=True).to(self.device)
+        padded = pad_sequence(ids, batch_first=True).to(self.device)
         return self.model.get_input_embeddings()(padded) * mask[..., None], mask
 
     def prompt_text(self, question: str) -> str:
@@ -214,7 +216,7 @@ class Lvlm:
         query, query_mask = self.question_embeds(questions)
         return collate(features, query, query_mask)
 
-    @property
+    @cached_property
     def template_ids(self) -> frozenset[int]:
         """Token ids of the chat template around an empty question, and of what stands between and around visual
         tokens; they are no part of a question."""

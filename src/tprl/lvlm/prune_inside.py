@@ -31,7 +31,8 @@ class InsidePruning(Handle):
     def budgets(self, sizes: Tensor, sample: Tensor, batch: int) -> Tensor:
         """Visual tokens that the samples keep, int64 ``(batch,)``, of pictures of ``sizes`` in rows ``sample``."""
         if self.budget is None:
-            return (torch.bincount(sample, sizes, batch) * cast(float, self.keep_ratio)).round().long()
+            totals = torch.bincount(sample, sizes, batch)
+            return (totals * cast(float, self.keep_ratio)).round().clamp(min=1).minimum(totals).long()
         if bool((sizes < self.budget).any()):
             raise ValueError(
                 f"budget {self.budget} is more than a picture's {int(sizes.min())} visual tokens; "
@@ -121,6 +122,12 @@ def _forward(model: PreTrainedModel, pruning: InsidePruning, *args: Any, **kwarg
     else:
         return original(**inputs)
 
+    given = inputs["inputs_embeds"] if "inputs_embeds" in inputs else inputs["input_ids"]
+    if given.shape[1] < prompt.visual.shape[1]:
+        raise ValueError(
+            f"{pruning.method.name} prunes inside the language model and needs the whole prompt in one pass: no "
+            "prefill_chunk_size, no guidance_scale"
+        )
     times = generation.times if generation is not None else 1
     sample = samples_of(prompt.pictures, prompt.visual)
     sizes = torch.tensor([len(picture.tokens) for picture in prompt.pictures])
@@ -168,8 +175,10 @@ def _expand(
 def _generate(model: PreTrainedModel, pruning: InsidePruning, *args: Any, **kwargs: Any) -> Any:
     original = pruning.original("generate")
     inputs = named(original, args, kwargs)
+    if "inputs" in inputs:
+        inputs["input_ids"] = inputs.pop("inputs")
     if "pixel_values" in inputs:
-        refuse({"input_ids": inputs.get("inputs"), **inputs})
+        refuse(inputs)
     pruning._generation = _Generation(inputs)
     try:
         return original(**inputs)

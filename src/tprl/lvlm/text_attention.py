@@ -17,8 +17,9 @@ from tprl.lvlm.reader import RowReader
 
 @torch.no_grad()
 def text_attention(reader: RowReader, prefix: Prefix, tokens: Tensor, blocks: list[Block]) -> Tensor:
-    """The greatest attention, mean over heads, that any token of a question pays to each visual token in any decoder
-    layer but the first quarter, which do not look for answers yet. That of the last prompt token counts twice.
+    """The greatest attention, mean over heads, that any token of a prompt behind the picture pays to each visual token
+    in any decoder layer but the first quarter, which do not look for answers yet. That of the last prompt token counts
+    twice.
 
     What is asked for and what it is compared with are looked up in different layers and by different tokens, and what
     is looked at once is to count as much as what all look at.

@@ -65,21 +65,41 @@ def save_delta(tensors: dict[str, torch.Tensor], path: Path) -> None:
     save_tensors(path, tensors, {"format": "pt"})
 
 
+def check_device(device: str) -> None:
+    """Raise ValueError unless this machine has a device of that name."""
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+        raise ValueError(f"device {device!r} cannot be used here, as 'cpu' can: {reason}") from error
+
+
+def choose_dtype(dtype: str, device: str) -> str:
+    """One of ``DTYPES`` by name. "auto" is bfloat16 where ``device`` multiplies it faster, else float32; processes that
+    work together agree on it.
+
+    Raises:
+        ValueError: the dtype is not one of these.
+    """
+    if dtype == "auto":
+        return "bfloat16" if processes.agreed(fastest_dtype(device) == torch.bfloat16) else "float32"
+    if dtype not in DTYPES:
+        raise ValueError(f"dtype {dtype!r} is not 'auto' or one of {', '.join(DTYPES)}")
+    return dtype
+
+
 def open_lvlm(model: str, dtype: str = "auto", device: str = "cpu") -> Lvlm:
     """A frozen model by name.
 
     Args:
         model: "pocket-llava", a folder, or a Hub id.
-        dtype: one of ``DTYPES``, or "auto": bfloat16 where this machine multiplies it faster, else float32. Processes
-            that work together agree on it.
+        dtype: see ``choose_dtype``.
         device: as torch names it.
 
     Raises:
-        ValueError: the dtype is not one of these.
+        ValueError: the dtype is not one of these, or this machine has no such device.
         FileNotFoundError: the model is missing.
     """
-    if dtype != "auto" and dtype not in DTYPES:
-        raise ValueError(f"dtype {dtype!r} is not 'auto' or one of {', '.join(DTYPES)}")
-    if dtype == "auto":
-        dtype = "bfloat16" if processes.agreed(fastest_dtype(device) == torch.bfloat16) else "float32"
-    return Lvlm.from_pretrained(str(pocket_llava()) if model == NAME else model, DTYPES[dtype], device)
+    check_device(device)
+    precision = DTYPES[choose_dtype(dtype, device)]
+    return Lvlm.from_pretrained(str(pocket_llava()) if model == NAME else model, precision, device)

@@ -78,10 +78,13 @@ def start(run: Path) -> tuple[LlavaForConditionalGeneration, Tokens]:
 
 
 def start_from(delta: Path, run: Path) -> tuple[LlavaForConditionalGeneration, Tokens]:
-    """The model of a file of differences, with the tower that ``run`` holds, if any."""
+    """The model of a file of differences, with the language model and the tower that ``run`` holds, if any."""
     base, tokenizer = load_base()
     llava = new_llava(base, image_token_id(tokenizer))
     add_delta(llava, load_file(delta))
+    if (run / LANGUAGE).exists():
+        learned = with_prefix(load_checkpoint(run / LANGUAGE)[0], "model.model.")
+        llava.model.language_model.load_state_dict(learned, strict=False)  # the embeddings are the base's
     if (run / TOWER).exists():
         tower = Tower()
         tower.load_state_dict(with_prefix(load_checkpoint(run / TOWER)[0], "model."))
@@ -126,8 +129,7 @@ def train_joint(run: Path, config: JointConfig, delta: Path | None = None) -> It
     """Train, or go on training, the whole in ``run``; yields metrics every 10 steps.
 
     Args:
-        delta: start from these weights, and the tower in ``run`` if it holds one, instead of what stages one and two
-            left.
+        delta: start from these weights, and the language model and the tower in ``run`` as far as it holds them.
     """
     torch.manual_seed(config.seed)
     llava, tokens = start_from(delta, run) if delta else start(run)

@@ -10,8 +10,8 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from tprl.config import PpoStage, PrunerConfig, TrainConfig
-from tprl.data.sample import Source
+from tprl.config import ImitateStage, PpoStage, PrunerConfig, TrainConfig
+from tprl.data.sample import Source, samples_digest
 from tprl.demonstrations import SEARCH
 from tprl.lvlm.cache import weights_digest
 from tprl.lvlm.cut import Positions
@@ -60,14 +60,14 @@ ROWS: dict[str, Row] = {
     **{f"latent-{width}": Row("state", shape={"latent": width}) for width in (16, 32, 128)},
     "no-question": Row("state", shape={"use_question": False}),
     **{f"teacher-{name}": Row("teacher", imitate={"teachers": (name,)}) for name in HEURISTICS},
-    "teacher-search": Row("teacher", imitate={"teachers": (*HEURISTICS, SEARCH)}),
+    "teacher-search": Row("teacher", imitate={"teachers": (*ImitateStage().teachers, SEARCH)}),
     "one-budget": Row("teacher", imitate={"budgets": (32,)}),
     **{f"steps-{horizon}": Row("episode", ppo={"horizon": horizon}) for horizon in (2, 3)},
     "sparse-score": Row("reward", ppo={"score": "correct"}),
     "critic": Row("reward", ppo={"baseline": "critic"}),
     "compact-positions": Row("positions", positions="compact"),
 }
-"""All rows. "full" is the default: every teacher competes through three budgets, T = 1, dense score, group baseline,
+"""All rows. "full" is the default: three teachers compete through three budgets, T = 1, dense score, group baseline,
 original positions."""
 
 
@@ -93,8 +93,8 @@ def train_row(
     for stages in _parts(row.stages):
         part = config if ppo.NAME in stages else replace(config, ppo=_reward_only(config.ppo))
         settings = {
-            "model": weights_digest(lvlm), "data": [source.name for source in sources], "shape": asdict(shape),
-            "settings": asdict(part), "stages": stages, "start": made_from,
+            "model": weights_digest(lvlm), "samples": [samples_digest(source) for source in sources],
+            "shape": asdict(shape), "settings": asdict(part), "stages": stages, "start": made_from,
         }  # fmt: skip
         made_from = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:16]
         run = folder / made_from

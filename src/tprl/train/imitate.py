@@ -17,6 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+import tprl
 from tprl import processes
 from tprl.checkpoint import DamagedCheckpoint, load_checkpoint, save_checkpoint
 from tprl.config import ImitateStage, TrainConfig
@@ -77,11 +78,12 @@ def collect_demonstrations(run: RunFolder, train: EncodedSamples, config: TrainC
 
 
 def _key(train: EncodedSamples, count: int, config: TrainConfig) -> str:
-    """A digest of all that demonstrations depend on besides the model and the pictures; the seed is one of them for
-    teachers that draw."""
+    """A digest of all that demonstrations depend on besides the model and the pictures: teachers may change from
+    release to release, and those that draw depend on the seed."""
     settings, ppo = config.imitate, config.ppo
     drawn = {SEARCH, Random.name} & set(settings.teachers)
     parts = [
+        [tprl.__version__, train.template],
         [(sample.image_id, sample.question, sample.answers) for sample in train.samples[:count]],
         [settings.teachers, settings.margin, settings.budgets, settings.search_rounds, settings.search_children],
         [ppo.score, ppo.alpha, settings.beta, ppo.gamma],
@@ -218,12 +220,12 @@ def _demonstrate(
         settings.margin,
         search,
     )
-    return {"states": best.trajectory.states.to(torch.uint8), "teacher": best.teacher, "returns": best.returns}
+    return {"states": best.states.to(torch.uint8), "teacher": best.teacher, "returns": best.returns}
 
 
 def _text_attention(train: EncodedSamples, indices: list[int], visual: VisualTokens) -> Tensor:
     """The signal of a batch, questions on one picture together: ``(B, N)``."""
-    signal = torch.zeros(visual.mask.shape)
+    signal = torch.zeros(visual.mask.shape, device=visual.mask.device)
     rows: dict[str, list[int]] = {}
     for row, index in enumerate(indices):
         rows.setdefault(train.samples[index].image_id, []).append(row)
@@ -233,7 +235,7 @@ def _text_attention(train: EncodedSamples, indices: list[int], visual: VisualTok
         prefix = train.prefix([indices[chosen[0]]])
         seen = text_attention(train.scorer.reader, prefix, visual.tokens[chosen[0]][real], blocks)
         for row, attention in zip(chosen, seen, strict=True):
-            signal[row, real] = attention.cpu()
+            signal[row, real] = attention
     return signal
 
 

@@ -70,7 +70,9 @@ def ppo_stage(
         watch: metrics besides those of the rollouts, asked for after every update with its number.
     """
     settings = config.ppo
-    processes.check_shares(min(settings.minibatch, settings.questions * settings.rollouts), "the minibatch of")
+    episodes = min(settings.questions, len(train)) * settings.rollouts
+    smallest = episodes // math.ceil(episodes / settings.minibatch)
+    processes.check_shares(smallest, f"minibatches of {settings.minibatch} of {episodes} episodes, the smallest of")
     critic = list(pruner.policy.critic.parameters())
     actor = [p for name, p in pruner.policy.named_parameters() if not name.startswith("critic.")]
     optimizer = torch.optim.AdamW(
@@ -105,7 +107,7 @@ def roll_out(
     """Sample episodes and score all their steps in one call, a subset that came up twice once."""
     visual = train.visual(indices)
     latents = pruner.encode(visual)
-    rows = torch.arange(len(indices)).repeat(settings.rollouts)
+    rows = torch.arange(len(indices), device=visual.mask.device).repeat(settings.rollouts)
     env = PruningEnv(visual.mask[rows], settings.horizon, settings.alpha, settings.beta)
     log_probs, values = [], []
     for t in range(settings.horizon):
@@ -124,7 +126,7 @@ def roll_out(
         by_question = masks.unflatten(1, (settings.rollouts, -1)).flatten(0, 1)
         return MemoScore(shared)(by_question).reshape(masks.shape[:2])
 
-    trajectory = env.finish(unpruned_scores(train, indices, settings.score)[rows], score)
+    trajectory = env.finish(unpruned_scores(train, indices, settings.score).repeat(settings.rollouts), score)
     return Rollouts(visual, latents, rows, trajectory, torch.stack(log_probs, 1), torch.stack(values, 1))
 
 

@@ -1,0 +1,32 @@
+"""Settings that would train something else than was meant are refused when they are made."""
+
+from typing import Any
+
+import pytest
+
+from tprl.config import AutoencoderStage, ImitateStage, PpoStage, TrainConfig
+
+
+@pytest.mark.parametrize(
+    ("stage", "settings", "message"),
+    [
+        (AutoencoderStage, {"pictures": 0}, "pictures has to be at least 1, got 0"),
+        (ImitateStage, {"batch": 0}, "batch has to be at least 1, got 0"),
+        (ImitateStage, {"budgets": (16, 32)}, r"budgets have to fall and to be at least 1, got \(16, 32\)"),
+        (ImitateStage, {"budgets": (16, 0)}, r"got \(16, 0\)"),
+        (ImitateStage, {"budgets": ()}, r"got \(\)"),
+        (PpoStage, {"rollouts": 1}, "rollouts has to be at least 2, got 1"),
+        (PpoStage, {"discount": 1.5}, r"discount has to lie in \(0, 1\], got 1.5"),
+        (TrainConfig, {"save_every": 0}, "save_every has to be at least 1, got 0"),
+        (TrainConfig, {"seed": -1}, "seed has to be at least 0, got -1"),
+    ],
+)
+def test_what_is_refused(stage: Any, settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        stage(**settings)
+
+
+def test_a_critic_needs_no_other_rollouts_and_a_stage_can_be_left_out() -> None:
+    PpoStage(rollouts=1, baseline="critic", epochs=0)
+    ImitateStage(demonstrations=0, budgets=(32,))
+    AutoencoderStage(steps=0)

@@ -57,9 +57,11 @@ def markdown_table(results: dict[str, Any]) -> str:
 
 
 def overview_table(results: dict[str, Any]) -> str:
-    """What was measured, and two tables: the points that each method loses under each budget, fewest in bold, with the
-    tokens that a layer sees on average and the FLOPs saved at the largest and the smallest budget, methods by their
-    mean loss; and what TPRL costs."""
+    """What was measured, and two tables: the points that each method loses under each budget, with the tokens that a
+    layer sees on average and the FLOPs saved at the largest and the smallest budget; and what TPRL costs.
+
+    Methods stand by their mean loss, those whose layers see more than the budget behind the others: these cost more
+    under the same budget, so the fewest points lost are in bold among the others alone."""
     rows = results["rows"]
     budgets = sorted({row["budget"] for row in rows if row["budget"] is not None}, reverse=True)
     cells = {(row["method"], row["budget"]): row for row in rows}
@@ -70,9 +72,12 @@ def overview_table(results: dict[str, Any]) -> str:
         f"| points lost at | {' | '.join(map(str, budgets))} | tokens a layer | FLOPs saved |",
         "|:---|" + "---:|" * (len(budgets) + 2),
     ]
-    for name in sorted(methods, key=lambda name: sum(cells[name, budget]["drop_points"] for budget in budgets)):
+    within = [row for row in rows if row["budget"] is not None and round(row["kept_mean"]) <= row["budget"]]
+    costly = {row["method"] for row in rows if row["budget"] is not None and row not in within}
+    loss = {name: sum(cells[name, budget]["drop_points"] for budget in budgets) for name in methods}
+    for name in sorted(methods, key=lambda name: (name in costly, loss[name])):
         own = [cells[name, budget] for budget in budgets]
-        lost = [_bold_if_best(f"{row['drop_points']:.1f}", row, rows) + " " + _interval(row, 1) for row in own]
+        lost = [_bold_if_best(f"{row['drop_points']:.1f}", row, within) + " " + _interval(row, 1) for row in own]
         seen = f"{own[0]['kept_mean']:.0f} to {own[-1]['kept_mean']:.0f}"
         saved = f"{own[0]['flops_saved']:.0%} to {own[-1]['flops_saved']:.0%}"
         lines.append(f"| {name} | {' | '.join(lost)} | {seen} | {saved} |")
@@ -100,9 +105,10 @@ def _measured(results: dict[str, Any]) -> str:
 
 
 def _bold_if_best(text: str, row: dict[str, Any], rows: Sequence[dict[str, Any]]) -> str:
-    """``text`` in bold where no other row under the same budget is more accurate."""
-    best = max(other["accuracy"] for other in rows if other["budget"] == row["budget"])
-    return f"**{text}**" if row["accuracy"] == best else text
+    """``text`` in bold where ``row`` is the most accurate of ``rows`` under its budget."""
+    same = [other for other in rows if other["budget"] == row["budget"]]
+    best = row in same and row["accuracy"] == max(other["accuracy"] for other in same)
+    return f"**{text}**" if best else text
 
 
 def _interval(row: dict[str, Any], digits: int) -> str:

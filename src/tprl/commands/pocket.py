@@ -6,7 +6,7 @@ from pathlib import Path
 
 from torch.optim.swa_utils import AveragedModel
 
-from tprl.checkpoint import load_checkpoint
+from tprl.checkpoint import load_checkpoint, save_text
 from tprl.pocket.assemble import DELTA, pocket_llava, save_delta
 from tprl.pocket.base import image_token_id, load_base
 from tprl.pocket.joint import JOINT, JointConfig, load_weights, train_joint
@@ -37,8 +37,11 @@ def train(run: Path, *, stages: str = ",".join(STAGES), shipped: bool = False, s
     names = [name.strip() for name in stages.split(",")]
     if unknown := [name for name in names if name not in STAGES]:
         raise ValueError(f"unknown stages {unknown}; known: {', '.join(STAGES)}")
+    if seed < 0:
+        raise ValueError(f"--seed is a whole number from 0 on, got {seed}")
     run.mkdir(parents=True, exist_ok=True)
     for name in names:
+        _remember(run, name, {"shipped": shipped, "seed": seed})
         _log(run / f"{name}.jsonl", _training(name, run, seed, DELTA if shipped else None))
 
 
@@ -62,6 +65,15 @@ def pack(runs: tuple[Path, ...], *, out: Path = DELTA) -> None:
     out.parent.mkdir(parents=True, exist_ok=True)
     save_delta(to_delta(llava, base), out)
     print(f"wrote {out}, {out.stat().st_size / 1e6:.1f} MB")
+
+
+def _remember(run: Path, stage: str, asked: dict[str, int]) -> None:
+    """Note what a stage in ``run`` began with; raise ValueError if it began with something else."""
+    path = run / "config.json"
+    known = json.loads(path.read_text()) if path.exists() else {}
+    if known.setdefault(stage, asked) != asked:
+        raise ValueError(f"the stage {stage} in {run} began with {known[stage]}; it cannot go on with {asked}")
+    save_text(path, json.dumps(known, indent=2) + "\n")
 
 
 def _training(name: str, run: Path, seed: int, delta: Path | None) -> Iterator[dict[str, float]]:

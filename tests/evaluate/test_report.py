@@ -188,8 +188,10 @@ def test_headlines_say_what_the_rows_say() -> None:
         ("10", "tokens kept on average where each question decides, no accuracy lost"),
         ("60.0%", "fewer FLOPs at 16 tokens, 1.0 points of accuracy lost"),
         ("2.00\u00d7", "prefill speed at 16 tokens, pruner included"),
-        ("+15.0", "points against fastv, the best other at 4 tokens"),
+        ("+15.0", "points against fastv, the best other at 4 tokens a layer"),
     ]
+    costly = [row("pyramiddrop", 4, 0.95) | {"kept_mean": 9.0}]
+    assert headlines([*ROWS, *costly]) == headlines(ROWS)
     assert headlines(ROWS[3:4])[0][0] == "60.0%"
 
 

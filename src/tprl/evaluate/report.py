@@ -18,7 +18,7 @@ from tprl.evaluate.ablation import ABLATION
 from tprl.evaluate.benchmark import RESULTS
 from tprl.evaluate.gallery import RIGHT
 from tprl.evaluate.provenance import write_text
-from tprl.evaluate.tables import COLOURS, by_budget, draw_curves
+from tprl.evaluate.tables import COLOURS, by_budget, draw_curves, keeps_to_budget
 
 METRICS = "metrics.jsonl"
 ABLATION_COLOURS = ("#c2410c", "#2563eb", "#059669", "#7c3aed")
@@ -92,11 +92,12 @@ def headlines(rows: Sequence[Row]) -> list[tuple[str, str]]:
         figures.append((f"{own[budget]['flops_saved']:.1%}", f"fewer FLOPs at {budget} tokens, {_lost(own[budget])}"))
         figures.append((f"{own[budget]['speedup']:.2f}\u00d7", f"prefill speed at {budget} tokens, pruner included"))
     for budget in budgets[-1:]:
-        others = [row for row in rows if row["budget"] == budget and row["method"] != name]
-        if others:
+        same = [row for row in rows if row["budget"] == budget and row["method"] != name]
+        if others := [row for row in same if keeps_to_budget(row)]:
             best = max(others, key=lambda row: row["accuracy"])
             gap = 100 * (own[budget]["accuracy"] - best["accuracy"])
-            figures.append((f"{gap:+.1f}", f"points against {best['method']}, the best other at {budget} tokens"))
+            told = f"points against {best['method']}, the best other at {budget} tokens a layer"
+            figures.append((f"{gap:+.1f}", told))
     return figures
 
 
@@ -131,7 +132,8 @@ def _is_transfer(results: Row) -> bool:
 
 
 def _transfer(rows: Sequence[Row], budget: int) -> Row | None:
-    shares = {row["method"]: row["accuracy"] / row["accuracy_unpruned"] for row in rows if row["budget"] == budget}
+    same = [row for row in rows if row["budget"] == budget and keeps_to_budget(row)]
+    shares = {row["method"]: row["accuracy"] / row["accuracy_unpruned"] for row in same}
     own = shares.pop("tprl", None)
     best = max(shares, key=lambda name: shares[name], default=None)
     return None if own is None else {"own": own, "best": best, "other": shares[best] if best else None}

@@ -96,7 +96,7 @@ def overview_table(results: dict[str, Any]) -> str:
 
 def keeps_to_budget(row: dict[str, Any]) -> bool:
     """Whether a layer, on average, sees no more visual tokens than the row's budget."""
-    return round(row["kept_mean"]) <= int(row["budget"])
+    return bool(round(row["kept_mean"]) <= row["budget"])
 
 
 def _measured(results: dict[str, Any]) -> str:

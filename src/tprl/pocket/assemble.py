@@ -65,7 +65,7 @@ def save_delta(tensors: dict[str, torch.Tensor], path: Path) -> None:
     save_tensors(path, tensors, {"format": "pt"})
 
 
-def check_device(device: str) -> None:
+def _check_device(device: str) -> None:
     """Raise ValueError unless this machine has a device of that name."""
     try:
         torch.empty(0, device=device)
@@ -79,8 +79,9 @@ def choose_dtype(dtype: str, device: str) -> str:
     work together agree on it.
 
     Raises:
-        ValueError: the dtype is not one of these.
+        ValueError: the dtype is not one of these, or this machine has no such device.
     """
+    _check_device(device)
     if dtype == "auto":
         return "bfloat16" if processes.agreed(fastest_dtype(device) == torch.bfloat16) else "float32"
     if dtype not in DTYPES:
@@ -100,6 +101,5 @@ def open_lvlm(model: str, dtype: str = "auto", device: str = "cpu") -> Lvlm:
         ValueError: the dtype is not one of these, or this machine has no such device.
         FileNotFoundError: the model is missing.
     """
-    check_device(device)
     precision = DTYPES[choose_dtype(dtype, device)]
     return Lvlm.from_pretrained(str(pocket_llava()) if model == NAME else model, precision, device)

@@ -100,6 +100,7 @@ def test_methods_and_budgets_that_are_not_known(tmp_path: Path) -> None:
     refused(tprl("evaluate", out, "--budgets", "64,0"), "0")
     refused(tprl("evaluate", out, "--data", "nothing"), "nothing", "scenes")
     refused(tprl("evaluate", out, "--seed", -1), "-1", "from 0 on")
+    refused(tprl("evaluate", out, "--gallery", -3), "-3", "from 0 on")
     refused(tprl("benchmark", out, "--data", "scenes,nothing"), "nothing", "scenes")
     assert not out.exists()
 

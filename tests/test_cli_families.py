@@ -61,7 +61,7 @@ def tprl(*arguments: object) -> str:
     command = [sys.executable, "-m", "tprl.cli", *map(str, arguments)]
     outcome = subprocess.run(command, capture_output=True, text=True, timeout=400, check=False)
     assert outcome.returncode == 0, outcome.stderr
-    return outcome.stdout
+    return outcome.stdout + outcome.stderr
 
 
 @pytest.mark.parametrize(
@@ -79,7 +79,9 @@ def test_a_model_is_trained_for_and_evaluated(name: str, tmp_path: Path) -> None
     stages = [json.loads(line)["stage"] for line in (run / "metrics.jsonl").read_text().splitlines()]
     assert {"autoencoder", "imitate", "ppo", "calibrated"} <= set(stages)
     methods = "tprl,uniform,divprune,fastv"
-    tprl("evaluate", out, *given, "--pruner", run / "pruner", "--budgets", "4,2", "--methods", methods, "--gallery", 1)
+    measured = ["--pruner", run / "pruner", "--budgets", "4,2", "--methods", methods, "--gallery", 1]
+    said = tprl("evaluate", out, *given, *measured)
+    assert "the pruner was trained on questions.jsonl, all of which is its split 'test'" in said
     results = json.loads((out / "results.json").read_text())
     assert len(results["rows"]) == 9
     for row in results["rows"]:

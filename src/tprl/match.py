@@ -22,7 +22,7 @@ def question_match(visual: VisualTokens) -> Tensor:
     and a token that matches two words ("left", "dog") stands out among those that match one. The second greatest is 0
     where the question has one word, all are where there is none.
     """
-    if not bool(visual.query_mask.any()):
+    if visual.query.shape[1] == 0:
         return visual.tokens.new_zeros(*visual.mask.shape, MATCHES, dtype=torch.float32)
     cosines = units(visual.tokens, visual.mask) @ units(visual.query, visual.query_mask).mT
     words, asked = visual.query_mask[:, None], visual.query_mask.any(1)[:, None, None]

@@ -1,6 +1,7 @@
 """JSONL files, good and bad."""
 
 import json
+import os
 import warnings
 from pathlib import Path
 from typing import Any
@@ -187,3 +188,5 @@ def test_a_picture_that_changes_is_another_version(folder: Path) -> None:
     Image.new("RGB", (7, 9)).save(folder / "a.png")
     assert source.version("a.png") != version
     assert samples_digest(source) != before
+    os.utime(folder / "a.png", ns=(1, 1))  # as many bytes, at another time
+    assert source.version("a.png").endswith(":1")

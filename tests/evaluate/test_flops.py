@@ -250,3 +250,7 @@ def test_the_command_for_pictures_of_any_size_and_its_errors(capsys: pytest.Capt
         flops("qwen2.5-vl-7b")
     with pytest.raises(ValueError, match=r"budgets \[577\] are not allowed; 1 to the picture's 576"):
         flops("llava-1.5-7b", "577,3")
+    with pytest.raises(ValueError, match="expected comma-separated names, got ''"):
+        flops("llava-1.5-7b", "")
+    with pytest.raises(ValueError, match="--cache-bytes 0 is not allowed; at least 1"):
+        flops("llava-1.5-7b", cache_bytes=0)

@@ -180,6 +180,8 @@ def test_shares_of_the_unpruned_accuracy_by_hand() -> None:
     assert [line["data"] for line in found["rows"]] == ["a", "b"]
     assert found["rows"][0]["cells"] == [None, None]  # no policy there
     assert found["rows"][1]["cells"] == [{"own": 0.5, "best": None, "other": None}, None]
+    costly = [*result["rows"], row("fastv", 8, 0.6) | {"kept_mean": 20.0}]
+    assert transfers([{**result, "rows": costly}])["rows"][0]["cells"][0]["best"] is None
     assert transfers([{**result, "data": "a"}, {**result, "trained_on": None}]) is None
 
 

@@ -74,9 +74,9 @@ def ablate(
         lvlm = open_lvlm(model, dtype, own_device)
         shape = (PrunerConfig.paper if preset == "paper" else PrunerConfig)(lvlm.width, lvlm.fingerprint)
         cache = cache or cache_folder()
+        check_budgets(lvlm, test, sizes)
         with processes.first_alone():
             encoded = EncodedSamples(lvlm, test, cache)
-        check_budgets(lvlm, test, sizes)
         made_from = {
             "weights": weights_digest(lvlm), "dtype": str(lvlm.model.dtype).removeprefix("torch."),
             "samples": samples_digest(test), "budgets": sizes, "settings": asdict(replace(settings, seed=0)),
@@ -104,9 +104,10 @@ def ablate(
                     seeded = replace(settings, seed=seed)
                     pruner = train_row(row, out / TRAININGS, lvlm, sources, shape, seeded, cache).to(lvlm.device)
                     found[name][seed] = measure(encoded, pruner, sizes, row.positions, f"{name}, seed {seed}")
+                    measured_by = commit()
+                    commits.add(measured_by)
                     if processes.is_first():
-                        save_cells(out / CELLS / f"{name}@{seed}.json", made_from, found[name][seed])
-                    commits.add(commit())
+                        save_cells(out / CELLS / f"{name}@{seed}.json", made_from, found[name][seed], measured_by)
                 done = {name: cells for name, cells in found.items() if cells}
                 if processes.is_first():
                     rows_so_far = compare(done, {name: ROWS[name].group for name in done}, FULL)

@@ -75,7 +75,7 @@ def evaluate(
         rows = make_methods(names, sizes, fitting, threshold, threshold_row, seed)
         source = load_source(data, split, n, skip_bad, images)
         known = _trained_on(pruner) if fitting else None
-        if known == source.name and split == "test" and data.endswith(".jsonl"):
+        if known == source.name and split == "test" and data.endswith(".jsonl") and processes.is_first():
             print(f"the pruner was trained on {known}, all of which is its split 'test'", file=sys.stderr)
         run = Benchmark(lvlm, model, source, rows, out, cache or cache_folder(), seed, resume, overwrite, known)
         run.measure()

@@ -71,9 +71,9 @@ def _remember(run: Path, stage: str, asked: dict[str, int]) -> None:
     """Note what a stage in ``run`` began with; raise ValueError if it began with something else."""
     path = run / "config.json"
     known = json.loads(path.read_text()) if path.exists() else {}
-    if known.setdefault(stage, asked) != asked:
+    if known.get(stage, asked) != asked:
         raise ValueError(f"the stage {stage} in {run} began with {known[stage]}; it cannot go on with {asked}")
-    save_text(path, json.dumps(known, indent=2) + "\n")
+    save_text(path, json.dumps(known | {stage: asked}, indent=2) + "\n")
 
 
 def _training(name: str, run: Path, seed: int, delta: Path | None) -> Iterator[dict[str, float]]:

@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Callable
-from dataclasses import asdict, fields, replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Annotated
 
@@ -121,17 +121,14 @@ def train(
         sized: Callable[[int, str], PrunerConfig] = PrunerConfig.paper if preset == "paper" else PrunerConfig
         shape = replace(sized(lvlm.width, lvlm.fingerprint), use_question=use_question, use_autoencoder=use_autoencoder)
         start = TokenPruner.from_pretrained(init, lvlm.fingerprint) if init else None
-        if start is not None and (other := _differing(replace(start.config, threshold=shape.threshold), shape)):
-            raise ValueError(f"the pruner in {init} has another {', '.join(other)} than is asked for")
+        if start is not None:
+            other = {name for name, _ in asdict(start.config).items() ^ asdict(shape).items()} - {"threshold"}
+            if other:
+                raise ValueError(f"the pruner in {init} has another {', '.join(sorted(other))} than is asked for")
         folder = RunFolder(run, asked, resume, overwrite, tensorboard)
         run_training(folder, lvlm, sources, shape, settings, names, start, cache or cache_folder())
         if processes.is_first():
             _print_summary(run)
-
-
-def _differing(one: PrunerConfig, other: PrunerConfig) -> list[str]:
-    """Names of the settings in which two pruners differ."""
-    return [field.name for field in fields(PrunerConfig) if getattr(one, field.name) != getattr(other, field.name)]
 
 
 def _print_summary(run: Path) -> None:

@@ -8,10 +8,10 @@ One JSON object a line, for example::
 
 ``image`` is a path relative to the picture folder. Every record has one of ``answer`` (a text), ``answers`` (one text
 for each person asked, scored by VQA accuracy) and ``box`` (left, top, right, bottom, scored by IoU). A box is written
-in the numbers that the model is expected to answer with; ``answer`` beside it is how it writes them, where that is not
-as they stand. ``box_scale`` is the number that stands for a whole side, 1
-(fractions of the sides) unless given. Boxes in pixels have to be divided by the width and height first. ``family``
-groups the results ("all" unless given), and ``id`` names the question (the number of its line unless given).
+in the numbers that the model is expected to answer with, and ``answer`` beside it is how the model writes them, as they
+stand unless given. ``box_scale`` is the number that stands for a whole side, 1 (fractions of the sides) unless given.
+Boxes in pixels have to be divided by the width and height first. ``family`` groups the results ("all" unless given),
+and ``id`` names the question (the number of its line unless given).
 """
 
 import json

@@ -8,9 +8,10 @@ from pathlib import Path
 from statistics import stdev
 from typing import Any
 
+from tprl.checkpoint import save_text
 from tprl.evaluate.benchmark import Cell, mean, score_questions
 from tprl.evaluate.methods import make_methods
-from tprl.evaluate.provenance import commit, write_json, write_text
+from tprl.evaluate.provenance import write_json
 from tprl.evaluate.statistics import bootstrap_ci95
 from tprl.lvlm.cache import EncodedSamples
 from tprl.lvlm.cut import Positions
@@ -30,10 +31,10 @@ def measure(
     return {method.budget: score_questions(encoded, method, f"{title}, {method.label}") for method in methods}
 
 
-def save_cells(path: Path, made_from: dict[str, Any], cells: Cells) -> None:
-    """Write the cells of a row and seed, and which commit measured them."""
+def save_cells(path: Path, made_from: dict[str, Any], cells: Cells, commit: str) -> None:
+    """Write the cells of a row and seed, and the commit that measured them."""
     parts = [{"budget": budget, "scores": cell.scores, "kept": cell.kept} for budget, cell in cells.items()]
-    write_json(path, {"made_from": made_from, "commit": commit(), "cells": parts})
+    write_json(path, {"made_from": made_from, "commit": commit, "cells": parts})
 
 
 def load_cells(path: Path, made_from: dict[str, Any]) -> tuple[Cells, str]:
@@ -95,8 +96,8 @@ def compare(measured: Mapping[str, Mapping[int, Cells]], groups: Mapping[str, st
 def write_ablation(results: dict[str, Any], folder: Path) -> None:
     """Write ``ablation.json``, ``ablation.csv`` and ``ablation.md``; see ``compare`` for ``results["rows"]``."""
     write_json(folder / ABLATION, results)
-    write_text(folder / "ablation.csv", _csv(results["rows"]))
-    write_text(folder / "ablation.md", ablation_table(results))
+    save_text(folder / "ablation.csv", _csv(results["rows"]))
+    save_text(folder / "ablation.md", ablation_table(results))
 
 
 def ablation_table(results: dict[str, Any]) -> str:

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 import tprl
+from tprl.checkpoint import save_text
 from tprl.lvlm.model import Lvlm
 from tprl.pruner import TokenPruner
 
@@ -54,13 +55,6 @@ def commit() -> str:
     return version("tprl")
 
 
-def write_text(path: Path, text: str) -> None:
-    """Write ``text`` whole or not at all."""
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(text)
-    partial.replace(path)
-
-
 def write_json(path: Path, content: Any) -> None:
     """Write ``content`` as JSON, whole or not at all."""
-    write_text(path, json.dumps(content, indent=1) + "\n")
+    save_text(path, json.dumps(content, indent=1) + "\n")

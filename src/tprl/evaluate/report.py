@@ -14,10 +14,10 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 from matplotlib.figure import Figure
 
+from tprl.checkpoint import save_text
 from tprl.evaluate.ablation import ABLATION
 from tprl.evaluate.benchmark import RESULTS
 from tprl.evaluate.gallery import RIGHT
-from tprl.evaluate.provenance import write_text
 from tprl.evaluate.tables import COLOURS, by_budget, draw_curves, keeps_to_budget
 
 METRICS = "metrics.jsonl"
@@ -75,7 +75,7 @@ def write_report(folder: Path, run: Path | None, out: Path) -> None:
         kinds=KINDS,
         right=RIGHT,
     )
-    write_text(out, page)
+    save_text(out, page)
 
 
 def headlines(rows: Sequence[Row]) -> list[tuple[str, str]]:

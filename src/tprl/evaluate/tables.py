@@ -9,6 +9,8 @@ from typing import Any
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from tprl.checkpoint import save_text
+
 COLOURS = {
     "tprl": "#c2410c", "random": "#9ca3af", "uniform": "#6b7280", "fastervlm": "#2563eb", "visionzip": "#0891b2",
     "vispruner": "#7c3aed", "prumerge+": "#a16207", "divprune": "#059669", "cdpruner": "#db2777",
@@ -19,8 +21,8 @@ COLOURS = {
 
 def write_tables(results: dict[str, Any], folder: Path) -> None:
     """Write ``results.csv``, ``results.md`` and ``curves.png``."""
-    (folder / "results.csv").write_text(csv_table(results))
-    (folder / "results.md").write_text(markdown_table(results))
+    save_text(folder / "results.csv", csv_table(results))
+    save_text(folder / "results.md", markdown_table(results))
     figure = Figure(figsize=(7, 4.6), dpi=150, layout="constrained")
     draw_curves(results, figure.subplots())
     figure.savefig(folder / "curves.png")
@@ -72,8 +74,8 @@ def overview_table(results: dict[str, Any]) -> str:
         f"| points lost at | {' | '.join(map(str, budgets))} | tokens a layer | FLOPs saved |",
         "|:---|" + "---:|" * (len(budgets) + 2),
     ]
-    within = [row for row in rows if row["budget"] is not None and keeps_to_budget(row)]
-    costly = {row["method"] for row in rows if row["budget"] is not None and not keeps_to_budget(row)}
+    within = [row for row in rows if keeps_to_budget(row)]
+    costly = {row["method"] for row in rows if not keeps_to_budget(row)}
     loss = {name: sum(cells[name, budget]["drop_points"] for budget in budgets) for name in methods}
     for name in sorted(methods, key=lambda name: (name in costly, loss[name])):
         own = [cells[name, budget] for budget in budgets]
@@ -95,8 +97,8 @@ def overview_table(results: dict[str, Any]) -> str:
 
 
 def keeps_to_budget(row: dict[str, Any]) -> bool:
-    """Whether a layer, on average, sees no more visual tokens than the row's budget."""
-    return bool(round(row["kept_mean"]) <= row["budget"])
+    """Whether a layer, on average, sees no more visual tokens than the row's budget, if it has one."""
+    return row["budget"] is None or bool(round(row["kept_mean"]) <= row["budget"])
 
 
 def _measured(results: dict[str, Any]) -> str:

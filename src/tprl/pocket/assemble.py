@@ -71,7 +71,7 @@ def _check_device(device: str) -> None:
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
         reason = str(error).splitlines()[0]
-        raise ValueError(f"device {device!r} cannot be used here, as 'cpu' can: {reason}") from error
+        raise ValueError(f"device {device!r} is not allowed on this machine, 'cpu' is: {reason}") from error
 
 
 def choose_dtype(dtype: str, device: str) -> str:

@@ -2,8 +2,7 @@
 
 Which tokens are kept is known only after the encoder step, the positions of a request before it. So a picture's tokens
 first all get the position of its beginning; what each is away from there travels in extra channels behind its
-embedding, and is added in the step in which the token is read. A number is two channels, its multiple of 256 and the
-rest, since bfloat16 holds whole numbers up to 256 alone.
+embedding, and is added in the step in which the token is read.
 """
 
 from collections.abc import Mapping
@@ -19,6 +18,7 @@ from vllm.model_executor.models.qwen2_5_vl import (
 )
 from vllm.multimodal import MULTIMODAL_REGISTRY
 
+from tprl.serving.channels import from_channels, to_channels
 from tprl.serving.model import PrunedModel
 from tprl.serving.request import PicturesOnly, PrunedProcessor
 
@@ -55,10 +55,10 @@ class PrunedQwen2_5_VL(PrunedModel, Qwen2_5_VLForConditionalGeneration):
         return rows // merge, columns // merge
 
     def _kept(self, tokens: Tensor, grid: tuple[int, int], query: Tensor, ratio: float) -> Tensor:
-        """What is kept, and in six more channels how far it is from the picture's beginning in time, row, column."""
+        """What is kept, and in more channels how far it is from the picture's beginning in time, row, column."""
         index = self._choice(tokens, grid, query, ratio)
         moves = torch.stack([torch.zeros_like(index), index // grid[1], index % grid[1]], 1)
-        return torch.cat([tokens[index], (moves // 256).to(tokens.dtype), (moves % 256).to(tokens.dtype)], 1)
+        return torch.cat([tokens[index], to_channels(moves, tokens.dtype)], 1)
 
     def get_mrope_input_positions(self, input_tokens: list[int], mm_features: list[Any]) -> tuple[Tensor, int]:
         """Positions ``(3, L)`` of a prompt with its pictures' tokens at the beginning of each, and how much further
@@ -81,8 +81,8 @@ class PrunedQwen2_5_VL(PrunedModel, Qwen2_5_VLForConditionalGeneration):
         if multimodal_embeddings:
             assert is_multimodal is not None
             width = self.config.get_text_config().hidden_size
-            moves = torch.cat([embeds[:, width:] for embeds in multimodal_embeddings]).T.long()
-            self._moves = is_multimodal.nonzero()[:, 0].to(moves.device), 256 * moves[:3] + moves[3:]
+            moves = from_channels(torch.cat([embeds[:, width:] for embeds in multimodal_embeddings])).T
+            self._moves = is_multimodal.nonzero()[:, 0].to(moves.device), moves
             multimodal_embeddings = [embeds[:, :width] for embeds in multimodal_embeddings]
         embedded: Tensor = super().embed_input_ids(input_ids, multimodal_embeddings, is_multimodal=is_multimodal)
         return embedded

@@ -71,7 +71,7 @@ def test_the_loss_equals_a_loop_over_tokens(baseline: Literal["group", "critic"]
             for i in range(COUNT):
                 if not state[i]:
                     continue
-                probability = SETTINGS.discount**t * torch.sigmoid(output.logits[0, i].double())
+                probability = SETTINGS.discount**t * torch.sigmoid(output.logits[0, i].detach().double())
                 surprise.append(-float(probability * probability.log() + (1 - probability) * (1 - probability).log()))
                 kept = bool(rolled.trajectory.actions[episode, t, i])
                 new = torch.log(probability if kept else 1 - probability)

@@ -1,7 +1,9 @@
 """The README's tables, from numbers made up so that every place of every table is known."""
 
+from matplotlib.figure import Figure
+
 from evaluate.world import result_row
-from tprl.evaluate.tables import markdown_table, overview_table
+from tprl.evaluate.tables import draw_curves, markdown_table, overview_table
 
 RESULTS = {
     "model": "m", "data": "d", "split": "test", "n": 10, "seed": 3, "commit": "0123456789abcdef",
@@ -37,3 +39,16 @@ def test_every_row_stands_by_budget_and_accuracy() -> None:
         [" threshold ", " tprl "], [" 64 ", " peer "], [" 64 ", " tprl "], [" 64 ", " random "],
     ]  # fmt: skip
     assert lines[5] == ("| 64 | peer | 300.0 | **89.0%** | 1.00 (0.00 to 2.00) | 60.0% | 50 ms, 2.00x | 1.5 MiB |")
+
+
+def test_curves_stand_at_the_kept_tokens_near_the_unpruned_model_and_whole() -> None:
+    figure = Figure()
+    draw_curves(RESULTS, figure)
+    near, whole = figure.axes
+    for axes in (near, whole):
+        lines = {line.get_label(): line.get_xydata().tolist() for line in axes.get_lines()}
+        assert lines["peer"] == [[100, 84.5], [300, 89]]
+        assert lines["tprl"] == [[32, 83], [64, 88]]
+    assert near.get_ylim() == (80, 92)
+    assert whole.get_ylim()[0] < 30
+    assert whole.get_ylim()[1] > 90

@@ -210,8 +210,8 @@ def _section(place: Path) -> dict[str, Any]:
     results = _json(place / RESULTS, "rows")
     rows: list[Row] = results["rows"]
     gallery = _json(place / "gallery.json", "cases")["cases"] if (place / "gallery.json").is_file() else []
-    figure = Figure(figsize=(9.4, 5.2), layout="constrained")
-    draw_curves(results, figure.subplots())
+    figure = Figure(figsize=(9.4, 7.6), layout="constrained")
+    draw_curves(results, figure)
     budgets = sorted({row["budget"] for row in rows if row["budget"] is not None}, reverse=True)
     ordered = by_budget(rows)
     return {

@@ -17,14 +17,16 @@ COLOURS = {
     "fastv": "#a21caf", "sparsevlm": "#4d7c0f", "pyramiddrop": "#1e3a8a", "dart": "#111827",
 }  # fmt: skip
 """One colour a method, the same in every picture."""
+NEAR = 10
+"""Points below the unpruned accuracy that the upper curves show."""
 
 
 def write_tables(results: dict[str, Any], folder: Path) -> None:
     """Write ``results.csv``, ``results.md`` and ``curves.png``."""
     save_text(folder / "results.csv", csv_table(results))
     save_text(folder / "results.md", markdown_table(results))
-    figure = Figure(figsize=(7, 4.6), dpi=150, layout="constrained")
-    draw_curves(results, figure.subplots())
+    figure = Figure(figsize=(7, 6), dpi=150, layout="constrained")
+    draw_curves(results, figure)
     figure.savefig(folder / "curves.png")
 
 
@@ -134,10 +136,27 @@ def by_budget(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     return sorted(rows, key=lambda row: (-(row["budget"] or float("inf")), -row["accuracy"]))
 
 
-def draw_curves(results: dict[str, Any], axes: Axes) -> None:
-    """Accuracy against kept tokens: a line a method, its band the paired interval of the drop, levels for the unpruned
-    and the blind model, a star for threshold mode."""
+def draw_curves(results: dict[str, Any], figure: Figure) -> None:
+    """Accuracy against kept tokens, near the unpruned model above and whole below: a line a method, its band the paired
+    interval of the drop, levels for the unpruned and the blind model, a star for threshold mode."""
     rows = results["rows"]
+    near, whole = figure.subplots(2, 1, sharex=True, height_ratios=(3, 2))
+    for axes in (near, whole):
+        _draw_methods(rows, axes)
+        axes.set_ylabel("accuracy (%)")
+        axes.grid(color="#e5e7eb", linewidth=0.7)
+        axes.spines[["top", "right"]].set_visible(False)
+    unpruned = 100 * rows[0]["accuracy_unpruned"]
+    near.set_ylim(unpruned - NEAR, unpruned + NEAR / 5)
+    if budgets := sorted({row["budget"] for row in rows if row["budget"] is not None}):
+        whole.set_xscale("log", base=2)
+        whole.set_xticks(budgets, [str(budget) for budget in budgets])
+        whole.minorticks_off()
+    whole.set_xlabel("visual tokens kept")
+    near.legend(frameon=False, fontsize=9, loc="upper left", bbox_to_anchor=(1, 1))
+
+
+def _draw_methods(rows: Sequence[dict[str, Any]], axes: Axes) -> None:
     for name in dict.fromkeys(row["method"] for row in rows):
         own = [row for row in rows if row["method"] == name]
         line = sorted((row for row in own if row["budget"] is not None), key=lambda row: row["kept_mean"])
@@ -156,14 +175,5 @@ def draw_curves(results: dict[str, Any], axes: Axes) -> None:
         axes.axhline(100 * level, color="#111827", linewidth=0.9, linestyle="--" if name == "unpruned" else ":")
         axes.annotate(
             name, (1, 100 * level), xycoords=("axes fraction", "data"), xytext=(-4, 3), textcoords="offset points",
-            ha="right", fontsize=8, color="#374151",
+            ha="right", fontsize=8, color="#374151", annotation_clip=True, in_layout=False,
         )  # fmt: skip
-    if budgets := sorted({row["budget"] for row in rows if row["budget"] is not None}):
-        axes.set_xscale("log", base=2)
-        axes.set_xticks(budgets, [str(budget) for budget in budgets])
-        axes.minorticks_off()
-    axes.set_xlabel("visual tokens kept")
-    axes.set_ylabel("accuracy (%)")
-    axes.grid(color="#e5e7eb", linewidth=0.7)
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.legend(frameon=False, fontsize=9, loc="center left", bbox_to_anchor=(1, 0.5))

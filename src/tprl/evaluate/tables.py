@@ -18,7 +18,7 @@ COLOURS = {
 }  # fmt: skip
 """One colour a method, the same in every picture."""
 NEAR = 10
-"""Points below the unpruned accuracy that the upper curves show."""
+"""Points below the unpruned accuracy where the upper curves end."""
 
 
 def write_tables(results: dict[str, Any], folder: Path) -> None:
@@ -142,12 +142,13 @@ def draw_curves(results: dict[str, Any], figure: Figure) -> None:
     rows = results["rows"]
     near, whole = figure.subplots(2, 1, sharex=True, height_ratios=(3, 2))
     for axes in (near, whole):
-        _draw_methods(rows, axes)
+        _draw_rows(rows, axes)
         axes.set_ylabel("accuracy (%)")
         axes.grid(color="#e5e7eb", linewidth=0.7)
         axes.spines[["top", "right"]].set_visible(False)
-    unpruned = 100 * rows[0]["accuracy_unpruned"]
-    near.set_ylim(unpruned - NEAR, unpruned + NEAR / 5)
+    unpruned = rows[0]["accuracy_unpruned"]
+    highest = max(unpruned, *(row["accuracy"] for row in rows))
+    near.set_ylim(100 * unpruned - NEAR, 100 * highest + NEAR / 5)
     if budgets := sorted({row["budget"] for row in rows if row["budget"] is not None}):
         whole.set_xscale("log", base=2)
         whole.set_xticks(budgets, [str(budget) for budget in budgets])
@@ -156,7 +157,7 @@ def draw_curves(results: dict[str, Any], figure: Figure) -> None:
     near.legend(frameon=False, fontsize=9, loc="upper left", bbox_to_anchor=(1, 1))
 
 
-def _draw_methods(rows: Sequence[dict[str, Any]], axes: Axes) -> None:
+def _draw_rows(rows: Sequence[dict[str, Any]], axes: Axes) -> None:
     for name in dict.fromkeys(row["method"] for row in rows):
         own = [row for row in rows if row["method"] == name]
         line = sorted((row for row in own if row["budget"] is not None), key=lambda row: row["kept_mean"])
@@ -173,6 +174,7 @@ def _draw_methods(rows: Sequence[dict[str, Any]], axes: Axes) -> None:
                 axes.plot(row["kept_mean"], 100 * row["accuracy"], "*", color=colour, markersize=13, zorder=5)
     for level, name in ((rows[0]["accuracy_unpruned"], "unpruned"), (rows[0]["accuracy_blind"], "blind")):
         axes.axhline(100 * level, color="#111827", linewidth=0.9, linestyle="--" if name == "unpruned" else ":")
+        # the blind level lies far below the upper curves, where it is neither to be seen nor to be made room for
         axes.annotate(
             name, (1, 100 * level), xycoords=("axes fraction", "data"), xytext=(-4, 3), textcoords="offset points",
             ha="right", fontsize=8, color="#374151", annotation_clip=True, in_layout=False,

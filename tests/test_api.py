@@ -154,6 +154,9 @@ def test_a_method_inside_the_language_model(tiny: Tiny) -> None:
     with pytest.raises(ValueError, match="layer 2 is not allowed in a decoder of 2 layers"):
         tprl.prune(tiny.model, FastV(2), budget=4)
     assert "fastv" in IN_MODEL
+    mean = kept(tiny.model, inputs, "fastv-mean", budget=12)  # 16 in the first layer of two, 8 in the second
+    assert mean == kept(tiny.model, inputs, "fastv", budget=8)
+    assert len(mean[0]) == 8
 
 
 def test_unprune_and_unknown_names(tiny: Tiny) -> None:

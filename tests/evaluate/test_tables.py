@@ -52,6 +52,11 @@ def test_curves_stand_at_the_kept_tokens_near_the_unpruned_model_and_whole() -> 
     assert near.get_ylim() == (80, 92)
     assert whole.get_ylim()[0] < 30
     assert whole.get_ylim()[1] > 90
+    averaged = Figure()
+    draw_curves(RESULTS | {"rows": [result_row(name, 64, 0.8) for name in ("fastv", "fastv-mean")]}, averaged)
+    last, mean = averaged.axes[0].get_lines()[:2]
+    assert last.get_color() == mean.get_color()
+    assert (last.get_linestyle(), mean.get_linestyle()) == ("-", "--")
     better = Figure()
     draw_curves(RESULTS | {"rows": [*RESULTS["rows"], result_row("peer", 16, 0.95)]}, better)
     assert better.axes[0].get_ylim() == (80, 97)

@@ -262,7 +262,7 @@ def test_pyramiddrop_cuts_again_and_again() -> None:
         step = model(
             inputs_embeds=new, position_ids=batch.positions[:, -1:] + 1, attention_mask=mask, past_key_values=cache
         ).last_hidden_state
-    counts = [count.tolist() for count in method.stage_budgets(batch.visual.sum(1), budgets)]
+    counts = [count.tolist() for count in method.stage_budgets(LAYERS, batch.visual.sum(1), budgets)]
     assert [kept.sum(1).tolist() for kept in dropped.kept] == counts
     assert counts == [[5, 3, 5], [3, 2, 4], [2, 1, 3]]
     with ExitStack() as hidings:

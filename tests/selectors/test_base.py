@@ -100,7 +100,7 @@ def test_names() -> None:
     assert all(make_selector(name).name == name for name in SELECTORS)
     with pytest.raises(
         ValueError,
-        match=r"unknown selector 'fastw'; known: random, uniform, .*, fastv, sparsevlm, pyramiddrop, dart",
+        match=r"unknown selector 'fastw'; known: random, uniform, .*, fastv, sparsevlm, pyramiddrop, dart, fastv-mean",
     ):
         make_selector("fastw")
 

@@ -68,7 +68,7 @@ class Benchmark:
 
     Raises:
         ValueError: ``out`` exists and neither ``resume`` nor ``overwrite`` is set, or both are, or a budget is not
-            allowed, or ``out`` holds a cell that was made from something else.
+            allowed or out of its method's reach, or ``out`` holds a cell that was made from something else.
         DataError: a picture cannot be read. Nothing is written to ``out`` then.
     """
 
@@ -86,7 +86,9 @@ class Benchmark:
         trained_on: str | None = None,
     ) -> None:
         check_out(out, resume, overwrite)
-        check_budgets(lvlm, source, (method.budget for method in methods if method.budget is not None))
+        total = check_budgets(lvlm, source, (method.budget for method in methods if method.budget is not None))
+        for method in methods:
+            method.layer_counts(lvlm.model.config.get_text_config().num_hidden_layers, total)
         self.lvlm, self.model, self.source, self.methods, self.out, self.seed = lvlm, model, source, methods, out, seed
         signals = frozenset[str]().union(*(method.needs for method in methods))
         with processes.first_alone():
@@ -295,12 +297,17 @@ def check_out(out: Path, resume: bool, overwrite: bool) -> None:
     processes.meet()
 
 
-def check_budgets(lvlm: Lvlm, source: Source, budgets: Iterable[int]) -> None:
-    """Raise ValueError unless the first picture of ``source`` has as many visual tokens as every budget."""
+def check_budgets(lvlm: Lvlm, source: Source, budgets: Iterable[int]) -> int:
+    """The visual tokens of the first picture of ``source``.
+
+    Raises:
+        ValueError: a budget is more than that.
+    """
     total = len(lvlm.encode_images([source.image(source.samples[0].image_id)])[0].tokens)
     for budget in budgets:
         if not 1 <= budget <= total:
             raise ValueError(f"budget {budget} is not allowed; 1 to {total}, a picture's visual tokens")
+    return total
 
 
 def _clear(out: Path) -> None:

@@ -12,12 +12,12 @@ from tprl.evaluate.flops import module_flops
 from tprl.lvlm.cache import EncodedSamples
 from tprl.lvlm.score import Within
 from tprl.pruner import TokenPruner
-from tprl.selectors import IN_MODEL, SELECTORS, InModel, Selector, make_selector
+from tprl.selectors import IN_MODEL, ON_AVERAGE, SELECTORS, InModel, Selector, make_selector
 from tprl.selectors.in_model import LayerView, Stage
 from tprl.types import Selection, VisualTokens
 
 METHODS = (TokenPruner.name, *SELECTORS, *IN_MODEL)
-"""Every method that can be named."""
+"""The methods that do under every budget. Those of ``ON_AVERAGE`` can be named besides them."""
 
 QUESTION_BLIND = frozenset({"uniform", "fastervlm", "visionzip", "vispruner", "prumerge+", "divprune"})
 """Methods that choose by the picture alone, so that all questions about it can share one pass."""
@@ -28,7 +28,7 @@ class Method:
     """A method under a budget.
 
     Attributes:
-        name: one of ``METHODS``.
+        name: one of ``METHODS`` or ``ON_AVERAGE``.
         selector: what chooses, between projector and language model; None where ``in_model`` does, inside the latter.
         budget: tokens to keep; None keeps by ``threshold``.
         threshold: keep probability above which tokens stay.
@@ -90,8 +90,8 @@ class Counted:
     def stages(self, layers: int) -> list[Stage]:
         return self.method.stages(layers)
 
-    def stage_budgets(self, visual_tokens: Tensor, budget: Tensor) -> list[Tensor]:
-        return self.method.stage_budgets(visual_tokens, budget)
+    def stage_budgets(self, layers: int, visual_tokens: Tensor, budget: Tensor) -> list[Tensor]:
+        return self.method.stage_budgets(layers, visual_tokens, budget)
 
     def layer_counts(self, layers: int, visual_tokens: int, budget: int) -> list[int]:
         return self.method.layer_counts(layers, visual_tokens, budget)
@@ -129,9 +129,10 @@ def count_choice(method: Method, visual: VisualTokens, prefill: Callable[[Within
 
 
 def check_names(names: Sequence[str]) -> None:
-    """Raise ValueError unless all ``names`` are in ``METHODS``."""
-    if unknown := [name for name in names if name not in METHODS]:
-        raise ValueError(f"unknown methods {', '.join(unknown)}; known: {', '.join(METHODS)}")
+    """Raise ValueError unless all ``names`` are in ``METHODS`` or ``ON_AVERAGE``."""
+    known = (*METHODS, *ON_AVERAGE)
+    if unknown := [name for name in names if name not in known]:
+        raise ValueError(f"unknown methods {', '.join(unknown)}; known: {', '.join(known)}")
 
 
 def make_methods(
@@ -145,7 +146,7 @@ def make_methods(
     """All methods under all budgets, and TPRL with its threshold.
 
     Args:
-        names: of ``METHODS``.
+        names: of ``METHODS`` or ``ON_AVERAGE``.
         budgets: tokens to keep.
         pruner: what "tprl" is.
         threshold: of the threshold row; None is the pruner's own.
@@ -160,8 +161,8 @@ def make_methods(
         raise ValueError(f"threshold must lie in [0, 1], got {threshold}")
     methods = []
     for name in names:
-        if name in IN_MODEL:
-            methods += [Method(name, None, budget, in_model=IN_MODEL[name]()) for budget in budgets]
+        if name in IN_MODEL or name in ON_AVERAGE:
+            methods += [Method(name, None, budget, in_model=cast(InModel, make_selector(name))) for budget in budgets]
             continue
         if name in SELECTORS:
             methods += [Method(name, cast(Selector, make_selector(name, seed)), budget) for budget in budgets]

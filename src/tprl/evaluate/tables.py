@@ -10,13 +10,15 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from tprl.checkpoint import save_text
+from tprl.selectors import ON_AVERAGE
 
 COLOURS = {
     "tprl": "#c2410c", "random": "#9ca3af", "uniform": "#6b7280", "fastervlm": "#2563eb", "visionzip": "#0891b2",
     "vispruner": "#7c3aed", "prumerge+": "#a16207", "divprune": "#059669", "cdpruner": "#db2777",
     "fastv": "#a21caf", "sparsevlm": "#4d7c0f", "pyramiddrop": "#1e3a8a", "dart": "#111827",
 }  # fmt: skip
-"""One colour a method, the same in every picture."""
+"""One colour a method, the same in every picture; those with a budget on average have their method's."""
+COLOURS |= {name: COLOURS[method.method.name] for name, method in ON_AVERAGE.items()}
 NEAR = 10
 """Points below the unpruned accuracy where the upper curves end."""
 
@@ -162,10 +164,11 @@ def _draw_rows(rows: Sequence[dict[str, Any]], axes: Axes) -> None:
         own = [row for row in rows if row["method"] == name]
         line = sorted((row for row in own if row["budget"] is not None), key=lambda row: row["kept_mean"])
         colour, front = COLOURS.get(name, "#111827"), name == "tprl"
+        style = "--" if name in ON_AVERAGE else "-"
         kept = [row["kept_mean"] for row in line]
         axes.plot(
             kept, [100 * row["accuracy"] for row in line], color=colour, label=name, marker="o",
-            markersize=4 if front else 3, linewidth=2.4 if front else 1.2, zorder=4 if front else 3,
+            linestyle=style, markersize=4 if front else 3, linewidth=2.4 if front else 1.2, zorder=4 if front else 3,
         )  # fmt: skip
         bands = [[100 * row["accuracy_unpruned"] - end for end in row["drop_ci95"]] for row in line]
         axes.fill_between(kept, [low for _, low in bands], [high for high, _ in bands], color=colour, alpha=0.12, lw=0)

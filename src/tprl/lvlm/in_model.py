@@ -259,15 +259,16 @@ def dropping(
     Args:
         decoder: a language model without head that has ``layers`` and a final ``norm``. It may be called with a bool
             or additive mask ``(B, 1, L, L)``, a mask ``(B, L)`` or none; attention is to be "sdpa" or "eager".
-        method: of ``tprl.selectors.IN_MODEL``.
+        method: of ``tprl.selectors.IN_MODEL`` or ``ON_AVERAGE``.
         visual: bool ``(B, L)``, True where a visual token stands; padding is none.
         last: int64 ``(B,)``, the place of each row's last prompt token. Later tokens decide nothing.
-        budgets: int64 ``(B,)``, how many visual tokens of a row reach the last layer: 0 to as many as it has.
+        budgets: int64 ``(B,)``, how many visual tokens of a row reach the last layer, or what else the method takes for
+            its budget: 0 to as many as the row has.
 
     Raises:
-        ValueError: a budget is out of range, the decoder is too shallow for the method or attends by an implementation
-            other than "sdpa" and "eager"; or, when the decoder is called, its cache is static or visual features enter
-            it after the first cut.
+        ValueError: a budget is out of range or of the method's reach, the decoder is too shallow for the method or
+            attends by an implementation other than "sdpa" and "eager"; or, when the decoder is called, its cache is
+            static or visual features enter it after the first cut.
 
     Example:
         >>> with dropping(decoder, FastV(), visual=visual, last=last, budgets=budgets) as dropped:
@@ -282,7 +283,7 @@ def dropping(
         )
     layers = cast(nn.ModuleList, decoder.layers)
     stages = method.stages(len(layers))
-    left, norm = method.stage_budgets(counts, budgets), cast(nn.Module, decoder.norm)
+    left, norm = method.stage_budgets(len(layers), counts, budgets), cast(nn.Module, decoder.norm)
     with resumed(decoder, Dropping(method, visual, last, norm, stages, left)) as dropped:
         yield dropped
 

@@ -72,9 +72,10 @@ def prune_inside(
 
     Args:
         model: of one of ``tprl.lvlm.families.FAMILIES``, with a language-modelling head.
-        method: of ``tprl.selectors.IN_MODEL``. The pictures of a sample share their budget.
-        budget: visual tokens of a picture that reach the last layer, on average over a sample's pictures.
-        keep_ratio: share of a sample's visual tokens that reach the last layer, in (0, 1].
+        method: of ``tprl.selectors.IN_MODEL`` or ``ON_AVERAGE``. The pictures of a sample share their budget.
+        budget: visual tokens of a picture that reach the last layer, or with ``ON_AVERAGE`` that a layer sees, on
+            average over a sample's pictures.
+        keep_ratio: share of a sample's visual tokens, in (0, 1], in the place of ``budget``.
 
     Returns:
         The handle that tells what reached the last layer, and un-prunes the model if used in a ``with`` statement.

@@ -75,9 +75,9 @@ class InModel(Protocol):
         """
         ...
 
-    def stage_budgets(self, visual_tokens: Tensor, budget: Tensor) -> list[Tensor]:
-        """How many visual tokens each stage leaves, int64 ``(B,)`` each, of ``visual_tokens (B,)``; the last stage
-        leaves ``budget (B,)``."""
+    def stage_budgets(self, layers: int, visual_tokens: Tensor, budget: Tensor) -> list[Tensor]:
+        """How many visual tokens each stage of a decoder of ``layers`` layers leaves, of ``visual_tokens`` under
+        ``budget``, which is what the last stage leaves unless the method says otherwise: int64, all of one shape."""
         ...
 
     def select(self, stage: int, view: LayerView, budget: Tensor) -> Selection:
@@ -89,11 +89,12 @@ class InModel(Protocol):
         """The visual tokens that each of ``layers`` decoder layers sees, for ``tprl.evaluate.flops.lvlm_flops``.
 
         Raises:
-            ValueError: the decoder is too shallow, or ``budget`` is not between 0 and ``visual_tokens``.
+            ValueError: the decoder is too shallow, or ``budget`` is not between 0 and ``visual_tokens`` or out of the
+                method's reach.
         """
         if not 0 <= budget <= visual_tokens:
             raise ValueError(f"budget {budget} is not allowed; 0 to the picture's {visual_tokens} visual tokens")
-        left = self.stage_budgets(torch.tensor([visual_tokens]), torch.tensor([budget]))
+        left = self.stage_budgets(layers, torch.tensor([visual_tokens]), torch.tensor([budget]))
         counts = [visual_tokens] * layers
         for stage, count in zip(self.stages(layers), left, strict=True):
             counts[stage.drop :] = [int(count)] * (layers - stage.drop)
@@ -114,7 +115,7 @@ class _OneCut(InModel):
             raise ValueError(f"layer {layer} is not allowed in a decoder of {layers} layers; 1 to {layers - 1}")
         return [Stage(layer - 1, layer)]
 
-    def stage_budgets(self, visual_tokens: Tensor, budget: Tensor) -> list[Tensor]:
+    def stage_budgets(self, layers: int, visual_tokens: Tensor, budget: Tensor) -> list[Tensor]:
         return [budget]
 
 
@@ -156,7 +157,7 @@ class PyramidDrop(InModel):
             )
         return [Stage(layer, layer) for layer in (round(layers * quarter / 4) for quarter in (1, 2, 3))]
 
-    def stage_budgets(self, visual_tokens: Tensor, budget: Tensor) -> list[Tensor]:
+    def stage_budgets(self, layers: int, visual_tokens: Tensor, budget: Tensor) -> list[Tensor]:
         return [*(_between(visual_tokens, budget, part) for part in (1 / 3, 2 / 3)), budget]
 
     def select(self, stage: int, view: LayerView, budget: Tensor) -> Selection:
@@ -196,7 +197,7 @@ class SparseVLM(InModel):
             cuts.append(max(cuts[-1] + 1, _scaled(layer, layers)))
         return [Stage(cut, cut) for cut in cuts[1:]]
 
-    def stage_budgets(self, visual_tokens: Tensor, budget: Tensor) -> list[Tensor]:
+    def stage_budgets(self, layers: int, visual_tokens: Tensor, budget: Tensor) -> list[Tensor]:
         return [*(_between(visual_tokens, budget, part) for part in (2 / 5, 2 / 3)), budget]
 
     def select(self, stage: int, view: LayerView, budget: Tensor) -> Selection:
@@ -270,6 +271,50 @@ class Dart(_OneCut):
             cosines = (hidden @ hidden[rows, pivot[:, number], :, None])[..., 0]
             keep = keep | top(-cosines, view.visual & ~keep, share[:, number])
         return Selection(keep)
+
+
+class OnAverage(InModel):
+    """A method whose budget is the mean over the layers of a decoder, as in the tables of PyramidDrop and SparseVLM.
+
+    The last stage leaves as many tokens as that mean allows, and the others what the method makes of it, so that under
+    the same budget as much is computed as by a method that prunes before the language model. In a shallow decoder the
+    layers that see every token can alone be more than a budget.
+
+    Args:
+        method: whose budget is what the last layers see.
+    """
+
+    def __init__(self, method: InModel) -> None:
+        self.method, self.name = method, f"{method.name}-mean"
+
+    def stages(self, layers: int) -> list[Stage]:
+        return self.method.stages(layers)
+
+    def stage_budgets(self, layers: int, visual_tokens: Tensor, budget: Tensor) -> list[Tensor]:
+        """The stages' budgets of the method.
+
+        Raises:
+            ValueError: a layer sees more than ``budget`` tokens on average, whatever the stages leave.
+        """
+        drops = [stage.drop for stage in self.stages(layers)]
+        last = torch.arange(int(visual_tokens.max()) + 1, device=budget.device).expand(*budget.shape, -1)
+        last = last.minimum(visual_tokens[..., None])
+        left = self.method.stage_budgets(layers, visual_tokens[..., None], last)
+        seen = drops[0] * visual_tokens[..., None] + sum(
+            (end - start) * count for start, end, count in zip(drops, [*drops[1:], layers], left, strict=True)
+        )
+        if bool((seen[..., 0] > layers * budget).any()):
+            worst = int((seen[..., 0] - layers * budget).argmax())
+            raise ValueError(
+                f"{self.name} cannot keep {budget[worst]} of {visual_tokens[worst]} visual tokens a layer on average: "
+                f"the first {drops[0]} of {layers} layers see all of them, so at least "
+                f"{-(-int(seen[worst, 0]) // layers)} stay"
+            )
+        most = last.masked_fill(seen > layers * budget[..., None], 0).amax(-1)
+        return self.method.stage_budgets(layers, visual_tokens, most)
+
+    def select(self, stage: int, view: LayerView, budget: Tensor) -> Selection:
+        return self.method.select(stage, view, budget)
 
 
 def _attended(view: LayerView, budget: Tensor) -> Tensor:

@@ -153,6 +153,8 @@ def test_a_method_inside_the_language_model(tiny: Tiny) -> None:
     assert kept(tiny.model, inputs, "fastv", budget=4) == expected
     with pytest.raises(ValueError, match="layer 2 is not allowed in a decoder of 2 layers"):
         tprl.prune(tiny.model, FastV(2), budget=4)
+    with pytest.raises(ValueError, match=r"give an object, FastV\(\), not the class itself"):
+        tprl.prune(tiny.model, FastV, budget=4)
     assert "fastv" in IN_MODEL
     mean = kept(tiny.model, inputs, "fastv-mean", budget=12)  # 16 in the first layer of two, 8 in the second
     assert mean == kept(tiny.model, inputs, "fastv", budget=8)

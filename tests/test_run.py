@@ -117,6 +117,10 @@ def test_a_folder_is_not_reused_by_accident(tmp_path: Path) -> None:
     RunFolder(tmp_path / "run", {"seed": 2}, overwrite=True)
     assert sorted(path.name for path in (tmp_path / "run").iterdir()) == ["checkpoints", "config.json", "mine.txt"]
     assert json.loads((tmp_path / "run" / "config.json").read_text()) == {"seed": 2}
+    (tmp_path / "other" / "cache").mkdir(parents=True)
+    with pytest.raises(ValueError, match="other holds no run, so --overwrite leaves it alone"):
+        RunFolder(tmp_path / "other", {"seed": 2}, overwrite=True)
+    assert [path.name for path in (tmp_path / "other").iterdir()] == ["cache"]
 
 
 def test_metrics_go_to_tensorboard_if_asked(tmp_path: Path) -> None:

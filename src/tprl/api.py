@@ -59,6 +59,8 @@ def prune(
         >>> pruned.kept[0][0].coords
     """
     chosen: Any = make_selector(pruner) if isinstance(pruner, str) else pruner
+    if isinstance(chosen, type):
+        raise ValueError(f"give an object, {chosen.__name__}(), not the class itself")
     if isinstance(chosen, InModel):
         if positions != "original":
             raise ValueError(f"positions {positions!r} is not allowed with {chosen.name}; 'original'")

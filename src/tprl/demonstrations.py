@@ -1,7 +1,7 @@
 """Demonstrations: what heuristic pruners would do step by step, and which of them the reward prefers.
 
-For every sample each teacher prunes through a nested sequence of budgets. All steps of all teachers are scored by
-the frozen model in one batch, and the teacher with the highest return is the one that is imitated (TPRL,
+For every sample each teacher prunes through a nested sequence of budgets. All its steps are scored by the frozen
+model in one batch, and the teacher with the highest return is the one that is imitated (TPRL,
 arXiv 2603.13394, section on learning from demonstrations; keeping only what the reward likes is ours).
 
 "search" is a teacher of its own: it starts from what the others agreed on and looks for tokens that answer better.

@@ -26,7 +26,7 @@ class TokenPruner(nn.Module):
     """Says which visual tokens the question needs. One look, no generation.
 
     Example:
-        >>> pruner = TokenPruner.from_pretrained("runs/mine")
+        >>> pruner = TokenPruner.from_pretrained("runs/mine/pruner")
         >>> keep_mask = pruner.select(visual, torch.tensor([64])).keep_mask
     """
 

@@ -81,6 +81,8 @@ class RunFolder:
         if resume and overwrite:
             raise ValueError("give one of --resume and --overwrite, not both")
         if folder.exists() and any(folder.iterdir()):
+            if overwrite and not (folder / "config.json").is_file():
+                raise ValueError(f"{folder} holds no run, so --overwrite leaves it alone; give another folder")
             if overwrite:
                 _delete(folder)
             elif not resume:

@@ -54,8 +54,8 @@ SIGNALS = {
     "cls_attention": "(B, N): attention of the vision tower's [CLS] token to every patch in the layer whose features "
     "are used, mean over heads; towers without [CLS]: the mean attention that a patch receives",
     "tower_keys": "(B, N, K): keys of the vision tower's last used layer, mean over heads",
-    "text_attention": "(B, N): the greatest attention of a token of the question to every visual token in the language "
-    "model, from one recorded prefill, see tprl.lvlm.text_attention",
+    "text_attention": "(B, N): the greatest attention of a token behind the picture to every visual token in the "
+    "language model, from one recorded prefill, see tprl.lvlm.text_attention",
 }
 """Signals that a selector may ask for; only those asked for are computed."""
 

@@ -265,7 +265,10 @@ def test_two_processes_measure_what_one_does(files: Path) -> None:
         ({"budgets": "8,x"}, "budget 'x' is not allowed"),
         ({"budgets": ""}, "expected comma-separated names"),
         ({"budgets": "17"}, "budget 17 is not allowed; 1 to 16"),
-        ({"budgets": "8,2", "methods": "tprl,fastv-mean"}, r"fastv-mean cannot keep 2 of 16 .* at least 3 stay"),
+        (
+            {"budgets": "8,2", "methods": "tprl,fastv-mean"},
+            r"fastv-mean cannot keep 2 of a prompt's 16 .* at least 4 stay",
+        ),
         ({"methods": "tprl,magic"}, r"unknown methods magic; known: tprl, random, uniform.*, dart, fastv-mean"),
         ({"threshold": 1.5}, r"threshold must lie in \[0, 1\], got 1.5"),
         ({"dtype": "float7"}, "dtype 'float7' is not"),

@@ -205,3 +205,13 @@ def test_other_attention_is_refused() -> None:
     model.model.language_model.config._attn_implementation = "flash_attention_2"
     with pytest.raises(ValueError, match="'sdpa' or 'eager', got 'flash_attention_2'"):
         AnswerScorer(model.model.language_model, model.lm_head)
+
+
+def test_a_row_of_a_wider_batch_is_scored_as_in_it(encoded: EncodedSamples) -> None:
+    """A process scores its share of a batch, which may lack the picture with the most tokens."""
+    visual = encoded.visual(range(6))
+    together = encoded.score(range(6), visual.tokens, visual.mask).log_prob
+    for index in range(6):
+        alone = encoded.score([index], visual.tokens[[index]], visual.mask[[index]]).log_prob
+        torch.testing.assert_close(alone[0], together[index], rtol=1e-4, atol=1e-4)
+    assert (together[0] - together[1]).abs() > 1e-3

@@ -13,7 +13,15 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from transformers import DynamicCache, GenerationMixin, LlamaConfig, LlamaForCausalLM, PreTrainedModel, StaticCache
+from transformers import (
+    DynamicCache,
+    GenerationConfig,
+    GenerationMixin,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedModel,
+    StaticCache,
+)
 
 from lvlm.tiny import IMAGE, NAMES, PAD, Prompt, Tiny, make
 from tprl.lvlm import prune as pruning_module
@@ -500,6 +508,12 @@ def test_lengths_count_the_whole_prompt(form: str) -> None:
     with prune(tiny.model, Norms(), budget=2):
         assert tiny.model.generate(**inputs, **lengths).shape[1] == length + 3
         assert tiny.model.generate(inputs.pop("input_ids"), **inputs).shape[1] == length + 20
+    if form == "config":  # what a config leaves open is the model's own
+        tiny.model.generation_config.max_length = length + 3
+        inputs = tiny.batch(*BATCH)
+        with prune(tiny.model, Norms(), budget=2):
+            ids = tiny.model.generate(**inputs, generation_config=GenerationConfig(do_sample=False))
+        assert ids.shape[1] == length + 3
     inputs = tiny.batch(*BATCH)
     with prune(tiny.model, Norms(), budget=2), pytest.raises(ValueError, match=f"max_length {length - 1} leaves no"):
         tiny.model.generate(**inputs, max_length=length - 1)
@@ -570,6 +584,9 @@ def test_what_cannot_be_pruned() -> None:
             tiny.model(**inputs)
         with pytest.raises(ValueError, match="videos"):
             tiny.model(**inputs, pixel_values_videos=inputs["pixel_values"])
+        for call in (tiny.model, tiny.model.generate):
+            with pytest.raises(ValueError, match="videos"):
+                call(input_ids=inputs["input_ids"], pixel_values_videos=inputs["pixel_values"])
         with pytest.raises(ValueError, match="shape"):
             tiny.model(**{**inputs, "attention_mask": inputs["attention_mask"][:, None, None]})
         with pytest.raises(ValueError, match="logits_to_keep"):

@@ -231,6 +231,9 @@ def test_what_is_refused() -> None:
         for option in ({"prefill_chunk_size": 4}, {"guidance_scale": 2.0}):
             with pytest.raises(ValueError, match="fastv prunes inside the language model and needs the whole prompt"):
                 tiny.model.generate(**inputs, max_new_tokens=2, **option)
+        for call in (tiny.model, tiny.model.generate):
+            with pytest.raises(ValueError, match="does not take videos"):
+                call(input_ids=inputs["input_ids"], pixel_values_videos=inputs["pixel_values"])
         with pytest.raises(ValueError, match="a pruned model needs input_ids"):
             tiny.model.generate(pixel_values=inputs["pixel_values"])
     assert HANDLE not in tiny.model.__dict__

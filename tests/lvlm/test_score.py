@@ -141,5 +141,11 @@ def test_methods_inside_the_model_prune_each_row_as_alone(
         log_prob = predicted.log_softmax(-1)[range(len(answer)), answer].mean()
         torch.testing.assert_close(scores.log_prob[row], log_prob, rtol=1e-4, atol=1e-4)
         assert answers[row][0] == int(predicted[0].argmax())
+    few = everything.clone()
+    few[1, 3:] = False  # fewer than the budget
+    rows = [[part] for part in blocks]
+    most, three = (scorer.score(prefix, tokens, few, rows, Within(method, budget)).log_prob for budget in (4, 3))
+    torch.testing.assert_close(most[1], three[1])
+    assert (most - three)[0].abs() > 1e-4
     with pytest.raises(ValueError, match="prunes for one question a row"):
         scorer.score(prefix, tokens, everything, [blocks[:2]] * 6, Within(method, 4))

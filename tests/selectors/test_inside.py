@@ -247,7 +247,9 @@ def test_a_budget_on_average_is_used_up(name: str) -> None:
     left = torch.stack(method.stage_budgets(8, counts, budgets), 1).tolist()
     for visual_tokens, budget, stages in zip(counts.tolist(), budgets.tolist(), left, strict=True):
         fits = [
-            last for last in range(visual_tokens + 1) if sum(inner.layer_counts(8, visual_tokens, last)) <= 8 * budget
+            last
+            for last in range(min(1, visual_tokens), visual_tokens + 1)
+            if sum(inner.layer_counts(8, visual_tokens, last)) <= 8 * budget
         ]
         seen = inner.layer_counts(8, visual_tokens, max(fits))
         assert stages == [seen[stage.drop] for stage in method.stages(8)]
@@ -255,12 +257,13 @@ def test_a_budget_on_average_is_used_up(name: str) -> None:
 
 
 def test_a_budget_on_average_that_the_first_layers_exceed() -> None:
-    message = "fastv-mean cannot keep 71 of 576 visual tokens a layer on average: the first 1 of 8 layers see all"
-    with pytest.raises(ValueError, match=f"{message} of them, so at least 72 stay"):
-        OnAverage(FastV()).layer_counts(8, 576, 71)
-    assert OnAverage(FastV()).layer_counts(8, 576, 72) == [576] + [0] * 7
-    with pytest.raises(ValueError, match=r"pyramiddrop-mean cannot keep 24 of 99 .* first 2 of 8 .* at least 25 stay"):
-        OnAverage(PyramidDrop()).stage_budgets(8, torch.tensor([80, 99]), torch.tensor([24, 24]))
+    message = "fastv-mean cannot keep 72 of a prompt's 576 visual tokens a layer on average: the first 1 of 8 layers"
+    with pytest.raises(ValueError, match=f"{message} see all of them, so at least 73 stay"):
+        OnAverage(FastV()).layer_counts(8, 576, 72)
+    assert OnAverage(FastV()).layer_counts(8, 576, 73) == [576] + [1] * 7
+    with pytest.raises(ValueError, match=r"pyramiddrop-mean cannot keep 24 of a prompt's 99 .* at least 32 stay"):
+        OnAverage(PyramidDrop()).stage_budgets(8, torch.tensor([80, 99]), torch.tensor([32, 24]))
+    assert OnAverage(PyramidDrop()).layer_counts(8, 99, 32) == [99, 99, 21, 21, 5, 5, 1, 1]
 
 
 def test_layers_that_are_not_allowed() -> None:

@@ -11,6 +11,7 @@ from rich.console import Console
 from rich.table import Table
 
 from tprl import processes
+from tprl.commands.parse import parse_names
 from tprl.config import AutoencoderStage, ImitateStage, PpoStage, PrunerConfig, TrainConfig
 from tprl.data import load_source
 from tprl.data.sample import samples_digest
@@ -95,14 +96,14 @@ def train(
         use_autoencoder: --no-use-autoencoder lets the policy read the tokens themselves.
         dtype: of the model: "auto", "float32" or "bfloat16".
         device: "cpu" or "cuda"; each of several processes takes a GPU of its own.
-        cache: folder where encoded pictures are kept between runs; ~/.cache/tprl unless given.
+        cache: folder where encoded pictures are kept between runs; $TPRL_CACHE or ~/.cache/tprl unless given.
         resume: go on with the run in the folder.
         overwrite: delete the run in the folder first, and nothing else there.
         tensorboard: write the metrics to RUN/tensorboard too.
         config: settings of one's own, each with the default preset's value unless given; not together with --preset.
     """
     settings = choose_settings(preset, config)
-    names = [name.strip() for name in stages.split(",")]
+    names = parse_names(stages)
     if unknown := [name for name in names if name not in STAGES]:
         raise ValueError(f"unknown stages {unknown}; known: {', '.join(STAGES)}")
     sources = (
@@ -110,6 +111,9 @@ def train(
         load_source(val_data or data, "val", settings.validation, skip_bad, images),
     )
     with processes.joined(device) as own_device:
+        processes.check_shares(settings.autoencoder.pictures, "autoencoder.pictures")
+        processes.check_shares(settings.imitate.batch, "imitate.batch")
+        processes.check_shares(settings.ppo.minibatch, "ppo.minibatch")
         precision = choose_dtype(dtype, own_device)
         asked = {
             "model": model, "dtype": precision, "data": data, "val_data": val_data,

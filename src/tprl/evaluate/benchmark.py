@@ -87,12 +87,16 @@ class Benchmark:
     ) -> None:
         check_out(out, resume, overwrite)
         total = check_budgets(lvlm, source, (method.budget for method in methods if method.budget is not None))
+        layers = lvlm.model.config.get_text_config().num_hidden_layers
         for method in methods:
-            method.layer_counts(lvlm.model.config.get_text_config().num_hidden_layers, total)
+            method.layer_counts(layers, total)  # tells before any picture is encoded that a budget is out of reach
         self.lvlm, self.model, self.source, self.methods, self.out, self.seed = lvlm, model, source, methods, out, seed
         signals = frozenset[str]().union(*(method.needs for method in methods))
         with processes.first_alone():
             self.encoded = EncodedSamples(lvlm, source, cache, signals)
+        for count in {self.encoded.visual_tokens(image_id) for image_id in self.encoded.image_ids}:
+            for method in methods:
+                method.layer_counts(layers, count)
         self._made_from = {
             "weights": weights_digest(lvlm),
             "dtype": str(lvlm.model.dtype).removeprefix("torch."),

@@ -76,7 +76,7 @@ class Method:
         if self.in_model is None:
             return None
         assert self.budget is not None
-        return self.in_model.layer_counts(layers, visual_tokens, self.budget)
+        return self.in_model.layer_counts(layers, visual_tokens, min(self.budget, visual_tokens))
 
 
 @dataclass

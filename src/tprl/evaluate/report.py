@@ -215,6 +215,7 @@ def _section(place: Path) -> dict[str, Any]:
     budgets = sorted({row["budget"] for row in rows if row["budget"] is not None}, reverse=True)
     ordered = by_budget(rows)
     return {
+        "name": place.name,
         "results": results,
         "first": rows[0],
         "groups": [(budget, list(group)) for budget, group in groupby(ordered, key=lambda row: row["budget"])],

@@ -94,6 +94,11 @@ class EncodedSamples:
         """One picture as the language model is shown it."""
         return self._shards.picture(image_id)
 
+    def visual_tokens(self, image_id: str) -> int:
+        """How many visual tokens a picture has."""
+        place = self._shards.places[image_id]
+        return place.last - place.first
+
     def block(self, index: int) -> Block:
         """Question and reference answer of a sample, tokenised, as they follow the picture."""
         return self._prompt(index)[1]

@@ -66,7 +66,7 @@ class Pruning(Handle):
         else:
             if self.budget is None:
                 assert self.keep_ratio is not None
-                budget = (counts * self.keep_ratio).round().long().clamp(min=1)
+                budget = (counts.double() * self.keep_ratio).round().long().clamp(min=1)
             else:
                 budget = torch.full_like(counts, self.budget)
                 if (counts < budget).any():
@@ -146,6 +146,8 @@ def _forward(model: PreTrainedModel, pruning: Pruning, *args: Any, **kwargs: Any
     original = pruning.original("forward")
     inputs = named(original, args, kwargs)
     past = _past_of(inputs)
+    if "pixel_values_videos" in inputs:
+        refuse(inputs)
     if "pixel_values" not in inputs:
         if pruning._generation is None and inputs.get("mm_encoder_outputs"):
             raise ValueError("a pruned model wants pixel_values, not pictures that are encoded already")
@@ -221,6 +223,8 @@ def _generate(model: PreTrainedModel, pruning: Pruning, *args: Any, **kwargs: An
     if inputs.get("mm_encoder_outputs"):
         raise ValueError("a pruned model wants pixel_values, not pictures that are encoded already")
     pictures, past = "pixel_values" in inputs, _past_of(inputs)
+    if "pixel_values_videos" in inputs:
+        refuse(inputs)
     if not pictures and past is None:
         return original(*args, **kwargs)
     if "inputs" in inputs:
@@ -328,9 +332,10 @@ def _resumed(past: _Past, inputs: dict[str, Any]) -> dict[str, Any]:
 
 def _count_new_tokens(model: PreTrainedModel, inputs: dict[str, Any], prompt: int) -> None:
     """Turn lengths that count the whole prompt into numbers of new tokens, which a shorter prompt does not change."""
-    config = inputs.get("generation_config", model.generation_config)
+    own = inputs.get("generation_config", model.generation_config).to_dict()
+    config = model.generation_config.to_dict() | {name: value for name, value in own.items() if value is not None}
     for new, whole in (("max_new_tokens", "max_length"), ("min_new_tokens", "min_length")):
-        given = {**config.to_dict(), **inputs}
+        given = {**config, **inputs}
         if given.get(new) is None and given.get(whole):
             inputs.pop(whole, None)
             inputs[new] = max(given[whole] - prompt, 0)

@@ -32,7 +32,7 @@ class InsidePruning(Handle):
         """Visual tokens that the samples keep, int64 ``(batch,)``, of pictures of ``sizes`` in rows ``sample``."""
         if self.budget is None:
             totals = torch.bincount(sample, sizes, batch)
-            return (totals * cast(float, self.keep_ratio)).round().clamp(min=1).minimum(totals).long()
+            return (totals.double() * cast(float, self.keep_ratio)).round().clamp(min=1).minimum(totals).long()
         if bool((sizes < self.budget).any()):
             raise ValueError(
                 f"budget {self.budget} is more than a picture's {int(sizes.min())} visual tokens; "
@@ -110,8 +110,9 @@ def _forward(model: PreTrainedModel, pruning: InsidePruning, *args: Any, **kwarg
     if cache is not None and int(cache.get_seq_length()) > 0:
         return _continue(decoder, cache, inputs, original)
     generation = pruning._generation
-    if "pixel_values" in inputs:
+    if "pixel_values" in inputs or "pixel_values_videos" in inputs:
         refuse(inputs)
+    if "pixel_values" in inputs:
         pictures, output = encode(model, inputs)
         prompt = _Prompt.of(model, pictures, inputs["input_ids"], inputs.get("attention_mask"))
         inputs = {name: value for name, value in inputs.items() if name not in ("pixel_values", "pixel_attention_mask")}
@@ -178,7 +179,7 @@ def _generate(model: PreTrainedModel, pruning: InsidePruning, *args: Any, **kwar
     inputs = named(original, args, kwargs)
     if "inputs" in inputs:
         inputs["input_ids"] = inputs.pop("inputs")
-    if "pixel_values" in inputs:
+    if "pixel_values" in inputs or "pixel_values_videos" in inputs:
         refuse(inputs)
     pruning._generation = _Generation(inputs)
     try:

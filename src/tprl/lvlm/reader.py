@@ -67,7 +67,8 @@ class RowReader:
             "attention_mask": self.masks(packed.mask, packed.places, packed.places),
         }
         if prefix.deep is not None:
-            added = prefix.deep.to(keep_mask.device)[keep_mask].to(embeds)
+            shown = keep_mask[:, : prefix.deep.shape[1]]  # as wide as the longest picture of these rows alone
+            added = prefix.deep.to(keep_mask.device)[shown].to(embeds)
             inputs |= {"visual_pos_masks": packed.visual, "deepstack_visual_embeds": list(added.unbind(1))}
         return packed, inputs
 

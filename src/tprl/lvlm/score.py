@@ -35,7 +35,8 @@ class AnswerScores:
 
 @dataclass(frozen=True)
 class Within:
-    """A method that drops visual tokens inside the language model, and the budget that it works to."""
+    """A method that drops visual tokens inside the language model, and the budget that it works to; of pictures with
+    fewer tokens all are kept."""
 
     method: InModel
     budget: int
@@ -145,7 +146,7 @@ class AnswerScorer:
             raise ValueError(f"{within.method.name} prunes for one question a row, got {[len(b) for b in rows]}")
         last = packed.start + torch.tensor([blocks[0].answer_start - 1 for blocks in rows])
         places = last.to(packed.visual.device)
-        budgets = torch.full_like(places, within.budget)
+        budgets = packed.visual.sum(1).clamp(max=within.budget)
         with dropping(self.language, within.method, visual=packed.visual, last=places, budgets=budgets):
             yield
 

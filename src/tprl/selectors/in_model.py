@@ -276,9 +276,9 @@ class Dart(_OneCut):
 class OnAverage(InModel):
     """A method whose budget is the mean over the layers of a decoder, as in the tables of PyramidDrop and SparseVLM.
 
-    The last stage leaves as many tokens as that mean allows, and the others what the method makes of it, so that under
-    the same budget as much is computed as by a method that prunes before the language model. In a shallow decoder the
-    layers that see every token can alone be more than a budget.
+    The last stage leaves as many tokens as that mean allows, at least one, and the others what the method makes of it.
+    So under the same budget as much is computed as by a method that prunes before the language model. In a shallow
+    decoder the layers that see every token can alone be more than a budget.
 
     Args:
         method: whose budget is what the last layers see.
@@ -294,10 +294,10 @@ class OnAverage(InModel):
         """The stages' budgets of the method.
 
         Raises:
-            ValueError: a layer sees more than ``budget`` tokens on average, whatever the stages leave.
+            ValueError: a layer sees more than ``budget`` tokens on average even if one token is left in the end.
         """
         drops = [stage.drop for stage in self.stages(layers)]
-        last = torch.arange(int(visual_tokens.max()) + 1, device=budget.device).expand(*budget.shape, -1)
+        last = torch.arange(1, max(int(visual_tokens.max()), 1) + 1, device=budget.device).expand(*budget.shape, -1)
         last = last.minimum(visual_tokens[..., None])
         left = self.method.stage_budgets(layers, visual_tokens[..., None], last)
         seen = drops[0] * visual_tokens[..., None] + sum(
@@ -306,8 +306,8 @@ class OnAverage(InModel):
         if bool((seen[..., 0] > layers * budget).any()):
             worst = int((seen[..., 0] - layers * budget).argmax())
             raise ValueError(
-                f"{self.name} cannot keep {budget[worst]} of {visual_tokens[worst]} visual tokens a layer on average: "
-                f"the first {drops[0]} of {layers} layers see all of them, so at least "
+                f"{self.name} cannot keep {budget[worst]} of a prompt's {visual_tokens[worst]} visual tokens a layer "
+                f"on average: the first {drops[0]} of {layers} layers see all of them, so at least "
                 f"{-(-int(seen[worst, 0]) // layers)} stay"
             )
         most = last.masked_fill(seen > layers * budget[..., None], 0).amax(-1)

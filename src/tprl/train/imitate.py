@@ -109,6 +109,11 @@ def imitate_stage(
 ) -> Stage:
     """The stage: passes over the demonstrations in an order of the seed's."""
     settings = config.imitate
+    if not len(demonstrations.indices):
+        raise ValueError(
+            "no demonstration has a positive return, so there is none to imitate; a larger imitate.beta or larger "
+            "imitate.budgets let teachers lose more"
+        )
     processes.check_shares(min(settings.batch, len(demonstrations.indices)), "the batch of")
     steps = settings.epochs * max(1, len(demonstrations.indices) // settings.batch)
     optimizer = torch.optim.AdamW(pruner.policy.parameters(), lr=settings.learning_rate, weight_decay=0.01)

@@ -1,5 +1,6 @@
 """The whole training: autoencoder, demonstrations, imitation, PPO, calibration."""
 
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -53,6 +54,11 @@ def train(
     given = tower_signals(lvlm.model)
     needed = {name: needs & TOWER_SIGNALS for name, needs in teacher_signals(heuristics(config.imitate)).items()}
     if blind := [name for name, needs in needed.items() if not needs <= given]:
+        if set(blind) == set(needed):
+            raise ValueError(
+                f"teachers {', '.join(blind)} need what {lvlm.family.name}'s tower does not give; others: "
+                "text-attention, divprune, cdpruner"
+            )
         print(f"teachers left out, since {lvlm.family.name}'s tower does not give what they need: {', '.join(blind)}")
         config = replace(
             config,
@@ -67,6 +73,13 @@ def train(
         held_out = EncodedSamples(lvlm, sources[1], folder)
     _ = data.unpruned
     unpruned = unpruned_accuracy(held_out)
+    if not bool(unpruned.any()):
+        warnings.warn(
+            f"the unpruned model answers none of the {len(held_out)} validation questions as they are answered there, "
+            f"such as {held_out.samples[0].question!r} by {held_out.samples[0].answers[0]!r}: there is no accuracy to "
+            "keep, and the threshold will say nothing",
+            stacklevel=2,
+        )
 
     def watch(step: int) -> dict[str, float]:
         figures = {"padding": data.scorer.passes.padding_share()}

@@ -1,0 +1,32 @@
+"""The policy that ships: it knows what questions about scenes need."""
+
+from copy import deepcopy
+from pathlib import Path
+
+import torch
+
+from tprl.commands.evaluate import SHIPPED_PRUNER
+from tprl.data import load_source
+from tprl.lvlm.cache import EncodedSamples
+from tprl.pocket.assemble import open_lvlm
+from tprl.pruner import TokenPruner
+
+QUESTIONS, BUDGET = 24, 32
+
+
+@torch.no_grad()
+def test_the_shipped_policy_keeps_what_questions_need(tmp_path: Path) -> None:
+    lvlm = open_lvlm("pocket-llava", "float32", "cpu")
+    data = EncodedSamples(lvlm, load_source("scenes", "val", QUESTIONS), tmp_path)
+    pruner = TokenPruner.from_pretrained(SHIPPED_PRUNER, lvlm.fingerprint)
+    random, shuffled = torch.Generator().manual_seed(0), deepcopy(pruner)
+    for parameter in shuffled.parameters():
+        parameter.copy_(parameter.flatten()[torch.randperm(parameter.numel(), generator=random)].view_as(parameter))
+    visual = data.visual(range(QUESTIONS))
+
+    def accuracy(policy: TokenPruner) -> float:
+        keep = policy.select(visual, torch.full((QUESTIONS,), BUDGET)).keep_mask
+        return float(data.accuracy(range(QUESTIONS), visual.tokens, keep).mean())
+
+    assert accuracy(pruner) > 0.8
+    assert accuracy(shuffled) < 0.4

@@ -3,6 +3,7 @@
 from pathlib import Path
 from typing import Any, cast
 
+import pytest
 import torch
 
 from evaluate.world import World, tiny_lvlm
@@ -47,6 +48,8 @@ def test_imitating_teaches_which_token_the_question_names() -> None:
     away = (torch.arange(COUNT) - puzzle.place(indices.tolist())[:, None]) % COUNT
     shown = DemonstrationSet(indices, torch.stack([away < size for size in (COUNT, 3, 1)], 1))
     config = TrainConfig(imitate=ImitateStage(batch=10, epochs=150, learning_rate=3e-3))
+    with pytest.raises(ValueError, match="no demonstration has a positive return"):
+        imitate_stage(pruner, puzzle, DemonstrationSet(indices[:0], shown.states[:0]), config)
     stage = imitate_stage(pruner, puzzle, shown, config)
     assert stage.steps == 2 * 150
     for step in range(stage.steps):

@@ -10,6 +10,7 @@ import torch
 
 from evaluate.world import LAYERS, World, save_world, tiny_lvlm
 from launcher import BY_TWO
+from ragged import visual_tokens
 from tprl.commands.benchmark import benchmark
 from tprl.commands.evaluate import evaluate
 from tprl.config import PrunerConfig
@@ -120,6 +121,8 @@ def test_results_hold_what_they_should(results: dict[str, Any]) -> None:
         assert row["drop_points"] == pytest.approx(100 * (row["accuracy_unpruned"] - row["accuracy"]))
         assert row["drop_ci95"][0] <= row["drop_points"] <= row["drop_ci95"][1]
         assert row["speedup"] == pytest.approx(row["prefill_ms_unpruned"] / row["prefill_ms"])
+        assert row["flops_saved"] == pytest.approx(1 - row["flops"] / row["flops_unpruned"])
+        assert 0 < row["flops_saved"] < 1
         assert set(row["per_family"]) == {"word", "people", "box"}
         counts = [part["n"] for part in row["per_family"].values()]
         for name in ("accuracy", "accuracy_unpruned", "accuracy_blind", "kept_mean"):
@@ -127,6 +130,20 @@ def test_results_hold_what_they_should(results: dict[str, Any]) -> None:
             assert sum(n * part for n, part in zip(counts, parts, strict=True)) / 24 == pytest.approx(row[name])
         if row["budget"] is not None and row["method"] not in IN_MODEL:
             assert row["kept_mean"] == row["budget"]
+
+
+def test_random_draws_by_its_seed() -> None:
+    visual = visual_tokens([16], [1], width=2)
+    first, again, other = (
+        make_methods(["random"], [8], None, None, False, seed)[0].select(visual).keep_mask for seed in (5, 5, 6)
+    )
+    assert torch.equal(first, again)
+    assert not torch.equal(first, other)
+
+
+def test_pictures_with_fewer_tokens_than_the_budget_keep_all() -> None:
+    for method in make_methods(["fastv", "pyramiddrop-mean"], [8], None, None, False, 0):
+        assert method.layer_counts(6, 5) == [5] * 6
 
 
 @pytest.mark.parametrize("name", METHODS)

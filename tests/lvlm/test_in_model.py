@@ -15,7 +15,8 @@ from transformers import DynamicCache, LlamaConfig, LlamaModel, StaticCache
 
 from tprl.lvlm.in_model import dropping, resumed
 from tprl.lvlm.packing import Block, make_prefix, pack
-from tprl.selectors.in_model import Dart, FastV, LayerView, PyramidDrop, SparseVLM
+from tprl.selectors.in_model import Dart, FastV, PyramidDrop, SparseVLM
+from tprl.selectors.stages import LayerView
 from tprl.types import Selection
 
 FAR, LAYERS = 1e-2, 4

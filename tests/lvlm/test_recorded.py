@@ -10,7 +10,7 @@ from tprl.lvlm.cache import EncodedSamples
 from tprl.lvlm.in_model import dropping
 from tprl.lvlm.recorded import Recorded
 from tprl.selectors import IN_MODEL
-from tprl.selectors.in_model import InModel
+from tprl.selectors.stages import InModel
 
 
 @pytest.fixture(scope="module")

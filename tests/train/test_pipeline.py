@@ -1,4 +1,5 @@
-"""The whole training through the real command line, killed and resumed."""
+"""The whole training: through the real command line, killed and resumed, and in one process, what it starts from and
+refuses."""
 
 import json
 import os
@@ -13,12 +14,20 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from evaluate.world import World, save_world, tiny_lvlm
 from launcher import BY_TWO
+from tprl import processes
 from tprl.checkpoint import load_checkpoint
+from tprl.commands.train import train as train_command
+from tprl.config import AutoencoderStage, ImitateStage, PpoStage, PrunerConfig, TrainConfig
+from tprl.lvlm.cache import EncodedSamples
+from tprl.lvlm.model import Lvlm
 from tprl.pruner import TokenPruner
-from tprl.run import TIMES
+from tprl.run import TIMES, RunFolder
+from tprl.train import pipeline
+from tprl.train.ppo import NAME as PPO
 
 SETTINGS = [
     "set:train-config",
@@ -171,3 +180,70 @@ def test_a_rank_that_dies_is_named_and_the_run_goes_on_as_one_process_would(
         one.pop("padding", None), two.pop("padding", None)  # of other batches
         assert two.pop("stage") == one.pop("stage")
         assert two == pytest.approx(one, rel=1e-3, abs=1e-4)
+
+
+IDLE = TrainConfig(AutoencoderStage(steps=0), ImitateStage(demonstrations=0), PpoStage(epochs=0))
+
+
+@pytest.fixture(scope="module")
+def lvlm() -> Lvlm:
+    return tiny_lvlm()
+
+
+def idle(folder: Path, lvlm: Lvlm, held_out: World, start: TokenPruner | None = None) -> TokenPruner:
+    """A training of no updates."""
+    shape = PrunerConfig(lvlm.width, lvlm.fingerprint)
+    run = RunFolder(folder, {})
+    return pipeline.train(run, lvlm, (World(2), held_out), shape, IDLE, (PPO,), start, folder.parent / "cache")
+
+
+def test_it_starts_from_the_pruner_given_and_is_calibrated_on_the_held_out_samples(
+    tmp_path: Path, lvlm: Lvlm, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[Any] = []
+
+    def unpruned_accuracy(data: EncodedSamples) -> torch.Tensor:
+        asked.append(data.source)
+        return torch.ones(len(data))
+
+    monkeypatch.setattr(pipeline, "unpruned_accuracy", unpruned_accuracy)
+    torch.manual_seed(5)
+    start, held_out = TokenPruner(PrunerConfig(lvlm.width, lvlm.fingerprint)), World(3)
+    weights = {name: weight.clone() for name, weight in start.state_dict().items()}
+    trained, fresh = idle(tmp_path / "a", lvlm, held_out, start), idle(tmp_path / "b", lvlm, held_out)
+    assert all(torch.equal(weight, trained.state_dict()[name]) for name, weight in weights.items())
+    assert not all(torch.equal(weight, fresh.state_dict()[name]) for name, weight in weights.items())
+    assert all(source is held_out for source in asked)
+
+
+def test_a_model_that_is_never_right_is_told_of(
+    tmp_path: Path, lvlm: Lvlm, monkeypatch: pytest.MonkeyPatch, recwarn: pytest.WarningsRecorder
+) -> None:
+    right = [0.0, 1.0]
+    monkeypatch.setattr(pipeline, "unpruned_accuracy", lambda data: torch.full((len(data),), right.pop()))
+    idle(tmp_path / "a", lvlm, World(3))
+    assert not [warning for warning in recwarn if "validation questions" in str(warning.message)]
+    with pytest.warns(UserWarning, match="answers none of the 12 validation questions .* such as 'what is it"):
+        idle(tmp_path / "b", lvlm, World(3))
+
+
+def test_teachers_that_the_tower_serves_with_nothing_are_named(
+    tmp_path: Path, lvlm: Lvlm, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(pipeline, "tower_signals", lambda model: frozenset())
+    monkeypatch.setattr(pipeline, "heuristics", lambda settings: ("fastervlm", "visionzip"))
+    with pytest.raises(
+        ValueError, match=r"teachers fastervlm, visionzip all need what LLaVA-1\.5's tower does not give"
+    ):
+        idle(tmp_path / "a", lvlm, World(3))
+
+
+def test_batches_that_processes_cannot_share_are_refused_before_a_model_is_loaded(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(processes, "count", lambda: 2)
+    single = TrainConfig(AutoencoderStage(pictures=1), samples=4, validation=4)
+    with pytest.raises(ValueError, match="autoencoder's batch of 1 cannot be shared by 2 processes"):
+        train_command(tmp_path / "run", model=str(tmp_path / "none"), config=single)
+    with pytest.raises(OSError, match="none"):  # the model is what is missing where that stage is not asked for
+        train_command(tmp_path / "run", model=str(tmp_path / "none"), stages="imitate", config=single)

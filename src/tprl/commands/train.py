@@ -111,9 +111,10 @@ def train(
         load_source(val_data or data, "val", settings.validation, skip_bad, images),
     )
     with processes.joined(device) as own_device:
-        processes.check_shares(settings.autoencoder.pictures, "autoencoder.pictures")
-        processes.check_shares(settings.imitate.batch, "imitate.batch")
-        processes.check_shares(settings.ppo.minibatch, "ppo.minibatch")
+        batches = settings.autoencoder.pictures, settings.imitate.batch, settings.ppo.minibatch
+        for name, batch in zip(STAGES, batches, strict=True):
+            if name in names:
+                processes.check_shares(batch, f"{name}'s batch of")
         precision = choose_dtype(dtype, own_device)
         asked = {
             "model": model, "dtype": precision, "data": data, "val_data": val_data,

@@ -7,7 +7,7 @@ methods do in turns. Several processes, see ``tprl.processes``, share the questi
 
 import json
 import shutil
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -86,17 +86,13 @@ class Benchmark:
         trained_on: str | None = None,
     ) -> None:
         check_out(out, resume, overwrite)
-        total = check_budgets(lvlm, source, (method.budget for method in methods if method.budget is not None))
-        layers = lvlm.model.config.get_text_config().num_hidden_layers
-        for method in methods:
-            method.layer_counts(layers, total)  # tells before any picture is encoded that a budget is out of reach
+        first = check_budgets(lvlm, source, (method.budget for method in methods if method.budget is not None))
+        check_reach(lvlm, methods, [first])  # before any picture is encoded
         self.lvlm, self.model, self.source, self.methods, self.out, self.seed = lvlm, model, source, methods, out, seed
         signals = frozenset[str]().union(*(method.needs for method in methods))
         with processes.first_alone():
             self.encoded = EncodedSamples(lvlm, source, cache, signals)
-        for count in {self.encoded.visual_tokens(image_id) for image_id in self.encoded.image_ids}:
-            for method in methods:
-                method.layer_counts(layers, count)
+        check_reach(lvlm, methods, {self.encoded.visual_tokens(image_id) for image_id in self.encoded.image_ids})
         self._made_from = {
             "weights": weights_digest(lvlm),
             "dtype": str(lvlm.model.dtype).removeprefix("torch."),
@@ -312,6 +308,14 @@ def check_budgets(lvlm: Lvlm, source: Source, budgets: Iterable[int]) -> int:
         if not 1 <= budget <= total:
             raise ValueError(f"budget {budget} is not allowed; 1 to {total}, a picture's visual tokens")
     return total
+
+
+def check_reach(lvlm: Lvlm, methods: Iterable[Method], visual_tokens: Collection[int]) -> None:
+    """Raise ValueError unless the methods can keep to their budgets with pictures of so many ``visual_tokens``."""
+    layers = lvlm.model.config.get_text_config().num_hidden_layers
+    for method in methods:
+        for count in visual_tokens:
+            method.layer_counts(layers, count)
 
 
 def _clear(out: Path) -> None:

@@ -13,7 +13,7 @@ from tprl.lvlm.cache import EncodedSamples
 from tprl.lvlm.score import Within
 from tprl.pruner import TokenPruner
 from tprl.selectors import IN_MODEL, ON_AVERAGE, SELECTORS, InModel, Selector, make_selector
-from tprl.selectors.in_model import LayerView, Stage
+from tprl.selectors.stages import LayerView, Stage
 from tprl.types import Selection, VisualTokens
 
 METHODS = (TokenPruner.name, *SELECTORS, *IN_MODEL)

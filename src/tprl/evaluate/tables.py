@@ -18,7 +18,7 @@ COLOURS = {
     "fastv": "#a21caf", "sparsevlm": "#4d7c0f", "pyramiddrop": "#1e3a8a", "dart": "#111827",
 }  # fmt: skip
 """One colour a method, the same in every picture; those with a budget on average have their method's."""
-COLOURS |= {name: COLOURS.get(method.method.name, "#111827") for name, method in ON_AVERAGE.items()}
+COLOURS |= {name: COLOURS[own] for name, method in ON_AVERAGE.items() if (own := method.method.name) in COLOURS}
 NEAR = 10
 """Points below the unpruned accuracy where the upper curves end."""
 

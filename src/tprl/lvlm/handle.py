@@ -129,10 +129,14 @@ def named(method: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str
     return {name: value for name, value in named.items() if value is not None and name != "kwargs"}
 
 
-def refuse(inputs: Mapping[str, Any]) -> None:
-    """Raise ValueError for what a call with pictures cannot be cut by."""
+def refuse_videos(inputs: Mapping[str, Any]) -> None:
+    """Raise ValueError for a call with videos, with pictures or without."""
     if "pixel_values_videos" in inputs:
         raise ValueError("a pruned model does not take videos; unprune it, or give pictures")
+
+
+def refuse(inputs: Mapping[str, Any]) -> None:
+    """Raise ValueError for what a call with pictures cannot be cut by."""
     if "inputs_embeds" in inputs or "input_ids" not in inputs:
         raise ValueError("a pruned model needs input_ids, to know which tokens are visual")
     mask = inputs.get("attention_mask")

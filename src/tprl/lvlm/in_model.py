@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, StaticCache
 from transformers.models.llama.modeling_llama import rotate_half
 
-from tprl.selectors.in_model import InModel, Stage
+from tprl.selectors.stages import InModel, Stage
 
 
 @dataclass(frozen=True)
@@ -93,7 +93,7 @@ class _Held:
 
 @dataclass(frozen=True)
 class LayerView:
-    """A decoder layer at prefill, see ``tprl.selectors.in_model.LayerView``; attention is computed for the asked rows
+    """A decoder layer at prefill, see ``tprl.selectors.stages.LayerView``; attention is computed for the asked rows
     only."""
 
     layer: nn.Module
@@ -146,7 +146,7 @@ class LayerView:
 
 @dataclass(frozen=True)
 class CutView(LayerView):
-    """The watched layer of a cut, see ``tprl.selectors.in_model.LayerView``; ``norm`` is the decoder's final one."""
+    """The watched layer of a cut, see ``tprl.selectors.stages.LayerView``; ``norm`` is the decoder's final one."""
 
     cut: Tensor
     norm: nn.Module

@@ -19,7 +19,7 @@ from transformers.utils.generic import ModelOutput
 
 from tprl.lvlm.cut import Choice, Cut, Positions, contained, cut_features, cut_of, shortened
 from tprl.lvlm.families import family_of
-from tprl.lvlm.handle import Handle, check_amount, kept_of, named, refuse, samples_of
+from tprl.lvlm.handle import Handle, check_amount, kept_of, named, refuse, refuse_videos, samples_of
 from tprl.lvlm.model import ImageFeatures, collate, encode, split_pictures
 from tprl.lvlm.signals import recorded_tower
 from tprl.types import Selection, VisualTokens
@@ -146,8 +146,7 @@ def _forward(model: PreTrainedModel, pruning: Pruning, *args: Any, **kwargs: Any
     original = pruning.original("forward")
     inputs = named(original, args, kwargs)
     past = _past_of(inputs)
-    if "pixel_values_videos" in inputs:
-        refuse(inputs)
+    refuse_videos(inputs)
     if "pixel_values" not in inputs:
         if pruning._generation is None and inputs.get("mm_encoder_outputs"):
             raise ValueError("a pruned model wants pixel_values, not pictures that are encoded already")
@@ -223,8 +222,7 @@ def _generate(model: PreTrainedModel, pruning: Pruning, *args: Any, **kwargs: An
     if inputs.get("mm_encoder_outputs"):
         raise ValueError("a pruned model wants pixel_values, not pictures that are encoded already")
     pictures, past = "pixel_values" in inputs, _past_of(inputs)
-    if "pixel_values_videos" in inputs:
-        refuse(inputs)
+    refuse_videos(inputs)
     if not pictures and past is None:
         return original(*args, **kwargs)
     if "inputs" in inputs:

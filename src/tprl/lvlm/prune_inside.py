@@ -14,10 +14,10 @@ from torch import Tensor
 from transformers import Cache, PreTrainedModel
 from transformers.utils.generic import ModelOutput
 
-from tprl.lvlm.handle import Handle, check_amount, kept_of, named, refuse, samples_of
+from tprl.lvlm.handle import Handle, check_amount, kept_of, named, refuse, refuse_videos, samples_of
 from tprl.lvlm.in_model import Dropping, dropping, resumed
 from tprl.lvlm.model import ImageFeatures, encode, split_pictures
-from tprl.selectors.in_model import InModel
+from tprl.selectors.stages import InModel
 
 
 class InsidePruning(Handle):
@@ -110,9 +110,9 @@ def _forward(model: PreTrainedModel, pruning: InsidePruning, *args: Any, **kwarg
     if cache is not None and int(cache.get_seq_length()) > 0:
         return _continue(decoder, cache, inputs, original)
     generation = pruning._generation
-    if "pixel_values" in inputs or "pixel_values_videos" in inputs:
-        refuse(inputs)
+    refuse_videos(inputs)
     if "pixel_values" in inputs:
+        refuse(inputs)
         pictures, output = encode(model, inputs)
         prompt = _Prompt.of(model, pictures, inputs["input_ids"], inputs.get("attention_mask"))
         inputs = {name: value for name, value in inputs.items() if name not in ("pixel_values", "pixel_attention_mask")}
@@ -179,7 +179,8 @@ def _generate(model: PreTrainedModel, pruning: InsidePruning, *args: Any, **kwar
     inputs = named(original, args, kwargs)
     if "inputs" in inputs:
         inputs["input_ids"] = inputs.pop("inputs")
-    if "pixel_values" in inputs or "pixel_values_videos" in inputs:
+    refuse_videos(inputs)
+    if "pixel_values" in inputs:
         refuse(inputs)
     pruning._generation = _Generation(inputs)
     try:

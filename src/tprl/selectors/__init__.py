@@ -3,8 +3,9 @@
 from tprl.selectors.attention import FasterVLM, PruMergePlus, VisionZip, VisPruner
 from tprl.selectors.base import Selector
 from tprl.selectors.grid import Random, UniformGrid
-from tprl.selectors.in_model import Dart, FastV, InModel, OnAverage, PyramidDrop, SparseVLM
+from tprl.selectors.in_model import Dart, FastV, PyramidDrop, SparseVLM
 from tprl.selectors.similarity import CDPruner, DivPrune
+from tprl.selectors.stages import InModel, OnAverage
 
 __all__ = ["IN_MODEL", "ON_AVERAGE", "SELECTORS", "InModel", "Selector", "make_selector"]
 

@@ -1,6 +1,9 @@
 """Checkpoints come back bit for bit or not at all, and a save that fails leaves what stood there."""
 
 import resource
+import subprocess
+import sys
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,6 +19,7 @@ from tprl.checkpoint import (
     DamagedCheckpoint,
     load_checkpoint,
     load_optimizer,
+    make_once,
     optimizer_tensors,
     prefixed,
     save_checkpoint,
@@ -230,3 +234,42 @@ def test_learning_rates_are_those_of_the_new_optimizer() -> None:
     load_optimizer(new, optimizer_tensors(old))
     assert new.param_groups[0]["lr"] == 0.5
     assert new.state_dict()["state"][0]["step"] == 2
+
+
+def test_of_two_runs_that_want_a_file_one_makes_it_and_the_other_waits(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path, made = tmp_path / "shard", []
+    begun, finish = threading.Event(), threading.Event()
+
+    def make() -> None:
+        made.append(path)
+        begun.set()
+        assert finish.wait(60)
+        path.write_text("whole")
+
+    first, second = (threading.Thread(target=make_once, args=(path, make)) for _ in range(2))
+    first.start()
+    assert begun.wait(60)
+    second.start()
+    second.join(0.3)
+    assert second.is_alive()
+    finish.set()
+    for thread in (first, second):
+        thread.join(60)
+        assert not thread.is_alive()
+    assert made == [path]
+    assert f"waiting for {path}" in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_a_file_whose_maker_failed_or_was_killed_is_made_by_the_next(tmp_path: Path) -> None:
+    path = tmp_path / "shard"
+    with pytest.raises(ZeroDivisionError):
+        make_once(path, lambda: print(1 / 0))
+    code = "import sys, os, pathlib, tprl.checkpoint as c; p = pathlib.Path(sys.argv[1])"
+    code += "; c.make_once(p, lambda: (p.write_text('half'), os.kill(os.getpid(), 9)), lambda p: False)"
+    assert subprocess.run([sys.executable, "-c", code, str(path)], timeout=120).returncode == -9
+    assert path.read_text() == "half"
+    make_once(path, lambda: save_text(path, "whole"), lambda path: path.read_text() == "whole")
+    assert path.read_text() == "whole"

@@ -3,11 +3,13 @@
 import hashlib
 import json
 import os
-from collections.abc import Iterable
+import sys
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
 import torch
+from filelock import FileLock, Timeout
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
@@ -58,6 +60,25 @@ def save_text(path: Path, text: str) -> None:
     except OSError as error:
         partial.unlink(missing_ok=True)
         raise OSError(f"could not save {path}: {error}") from error
+
+
+def make_once(path: Path, make: Callable[[], None], is_whole: Callable[[Path], bool] = Path.exists) -> None:
+    """Let ``make`` write ``path`` where it does not stand there whole; of several runs that want it one does, the
+    others wait. The lock ends with the process that holds it, however that ends."""
+    if is_whole(path):
+        return
+    lock = FileLock(path.with_name(path.name + ".lock"))
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        print(f"waiting for {path}, which another run makes", file=sys.stderr, flush=True)
+        lock.acquire()
+    try:
+        if not is_whole(path):
+            make()
+        Path(lock.lock_file).unlink(missing_ok=True)  # whoever waits for it finds ``path`` whole
+    finally:
+        lock.release()
 
 
 def reach_disk(path: Path) -> None:

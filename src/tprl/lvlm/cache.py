@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from tprl import processes
-from tprl.checkpoint import load_checkpoint, save_checkpoint
+from tprl.checkpoint import load_checkpoint, make_once, save_checkpoint
 from tprl.clock import phase
 from tprl.data.sample import Sample, Source
 from tprl.lvlm.model import EncodedPicture, Lvlm
@@ -231,7 +231,7 @@ class EncodedSamples:
             if not path.exists():
                 scores = self._score_everything()
                 if processes.is_first():
-                    save_checkpoint(path, {"log_prob": scores.log_prob, "correct": scores.correct}, {})
+                    make_once(path, lambda: save_checkpoint(path, vars(scores), {}))
                 processes.meet()
             self._unpruned = AnswerScores(**load_checkpoint(path)[0])
         return self._unpruned

@@ -4,13 +4,14 @@ memory does not grow with the number of pictures."""
 import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from tprl.checkpoint import save_tensors
+from tprl.checkpoint import make_once, save_tensors
 from tprl.data.sample import Source
 from tprl.lvlm.model import EncodedPicture, Lvlm
 from tprl.progress import track
@@ -69,8 +70,7 @@ class Shards:
         """The places of all pictures, shard by shard; an interrupted build goes on where it stopped."""
         number = found = 0
         while found < len(self.image_ids):
-            if not self._shard(number).exists():
-                self._write(number, self.image_ids[found:])
+            make_once(self._shard(number), partial(self._write, number, self.image_ids[found:]))
             with safe_open(self._shard(number), "pt") as file:
                 self.stored = frozenset(file.keys())
                 pictures = json.loads(file.metadata()["pictures"])

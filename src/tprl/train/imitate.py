@@ -11,6 +11,7 @@ import json
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -19,7 +20,7 @@ from torch import Tensor, nn
 
 import tprl
 from tprl import processes
-from tprl.checkpoint import DamagedCheckpoint, load_checkpoint, save_checkpoint
+from tprl.checkpoint import DamagedCheckpoint, load_checkpoint, make_once, save_checkpoint
 from tprl.config import ImitateStage, TrainConfig
 from tprl.demonstrations import SEARCH, MemoScore, Search, Worth, demonstrate, make_teacher
 from tprl.lvlm.cache import EncodedSamples
@@ -59,9 +60,8 @@ def collect_demonstrations(run: RunFolder, train: EncodedSamples, config: TrainC
     folder.mkdir(exist_ok=True)
     paths = {first: folder / f"{first:07d}.safetensors" for first in range(0, count, SHARD)}
     for first in track(list(paths)[processes.mine()], "demonstrations"):
-        if not _is_whole(paths[first]):
-            shard = _demonstrate(teachers, train, list(range(first, min(first + SHARD, count))), config)
-            save_checkpoint(paths[first], shard, {})
+        indices = list(range(first, min(first + SHARD, count)))
+        make_once(paths[first], partial(_demonstrate, paths[first], teachers, train, indices, config), _is_whole)
     processes.meet()
     shards = [load_checkpoint(path)[0] for path in paths.values()]
     width = max(shard["states"].shape[-1] for shard in shards)
@@ -201,8 +201,9 @@ def unpruned_scores(data: EncodedSamples, indices: Sequence[int], kind: str) -> 
 
 
 def _demonstrate(
-    teachers: Sequence[Selector | InModel], train: EncodedSamples, indices: list[int], config: TrainConfig
-) -> dict[str, Tensor]:
+    path: Path, teachers: Sequence[Selector | InModel], train: EncodedSamples, indices: list[int], config: TrainConfig
+) -> None:
+    """Write the shard of samples ``indices``."""
     visual = train.visual(indices)
     selectors = [Recorded(each, train, indices) if isinstance(each, InModel) else each for each in teachers]
     if any("text_attention" in selector.needs for selector in selectors):
@@ -225,7 +226,8 @@ def _demonstrate(
         settings.margin,
         search,
     )
-    return {"states": best.states.to(torch.uint8), "teacher": best.teacher, "returns": best.returns}
+    shard = {"states": best.states.to(torch.uint8), "teacher": best.teacher, "returns": best.returns}
+    save_checkpoint(path, shard, {})
 
 
 def _text_attention(train: EncodedSamples, indices: list[int], visual: VisualTokens) -> Tensor:

@@ -60,6 +60,7 @@ def test_questions_and_amounts_that_are_not_allowed(picture: Path, tmp_path: Pat
     refused(tprl("answer", picture, "  "), "question is empty")
     refused(tprl("answer", picture, "Is there a dog?", "--budget", 0), "0", "at least 1")
     refused(tprl("answer", picture, "Is there a dog?", "--threshold", 1.5), "1.5", "[0, 1]")
+    refused(tprl("answer", picture, "Is there a dog?", "--steps"), "--steps", "--picture")
     drawn = tmp_path / "kept.png"
     refused(tprl("answer", picture, "Is there a dog?", "--budget", 577, "--picture", drawn), "577", "1 to 576")
     assert not drawn.exists()
@@ -80,6 +81,7 @@ def test_a_run_directory_that_exists_is_left_alone(tmp_path: Path) -> None:
     refused(tprl("train", tmp_path, "--preset", "quick"), "exists", "--resume")
     assert json.loads((tmp_path / "config.json").read_text()) == {"mine": 1}
     refused(tprl("train", tmp_path / "new", "--stages", "dance"), "dance", "autoencoder")
+    refused(tprl("train", tmp_path / "new", "--stages", "imitate,ppo"), "imitate,ppo", "autoencoder", "--init")
     refused(tprl("train", tmp_path / "new", "--preset", "huge"), "huge", "quick")
     set_to = ["set:train-config", "--set.ppo.rollouts"]
     one = tprl("train", tmp_path / "new", *set_to, 1)

@@ -4,7 +4,7 @@ import pytest
 import torch
 from PIL import Image
 
-from tprl.draw import SIDE, draw_heat, draw_kept, spread
+from tprl.draw import SIDE, draw_heat, draw_kept, headed, spread
 
 
 def grid(rows: int, columns: int) -> torch.Tensor:
@@ -37,7 +37,19 @@ def test_kept_patches_stay_and_the_others_fade(size: tuple[int, int]) -> None:
     assert drawn.getpixel((width - 3, 3)) == (0, 0, 0)
     for corner in ((3, 3), (3, height - 3), (width - 3, height - 3)):
         assert min(drawn.getpixel(corner)) > 190
-    assert draw_kept(image, grid(2, 2), keep, "one of four").height > height
+    captioned = draw_kept(image, grid(2, 2), keep, "one of four")
+    assert captioned.crop((0, captioned.height - height, width, captioned.height)).tobytes() == drawn.tobytes()
+    assert captioned.crop((0, 0, width, captioned.height - height)).convert("L").getextrema()[0] < 100
+
+
+def test_a_text_over_a_picture_takes_the_lines_that_it_needs() -> None:
+    picture = Image.new("RGB", (200, 10), "white")
+    short, long = headed(picture, "two words"), headed(picture, "word " * 40)
+    assert short.width == long.width == 200
+    assert long.height > 3 * short.height
+    assert long.crop((197, 0, 200, long.height)).convert("L").getextrema() == (255, 255)  # no line runs out of it
+    ink = [long.crop((0, y, 200, y + 1)).convert("L").getextrema()[0] < 128 for y in range(long.height)]
+    assert sum(now and not before for before, now in zip(ink, ink[1:], strict=False)) > 3
 
 
 def test_what_is_needed_glows() -> None:

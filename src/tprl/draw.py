@@ -3,7 +3,7 @@
 import matplotlib
 import numpy as np
 import torch
-from PIL import Image, ImageDraw
+from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
 FADE = 0.78
@@ -40,18 +40,13 @@ def draw_kept(image: Image.Image, coords: Tensor, keep: Tensor, caption: str = "
         image: RGB.
         coords: ``(N, 2)``, row and column of the patches' centres in [0, 1].
         keep: bool ``(N,)``.
-        caption: written under the picture where it is not empty.
+        caption: written above the picture where it is not empty.
     """
     image = _sized(image)
     mask = Image.fromarray(spread(coords, keep).numpy().astype(np.uint8) * 255)
     faded = Image.blend(image, Image.new("RGB", image.size, "white"), FADE)
     drawn = Image.composite(image, faded, mask.resize(image.size, Image.Resampling.NEAREST))
-    if not caption:
-        return drawn
-    framed = Image.new("RGB", (drawn.width, drawn.height + 24), "white")
-    framed.paste(drawn, (0, 0))
-    ImageDraw.Draw(framed).text((4, drawn.height + 6), caption, fill="black", font_size=13)
-    return framed
+    return headed(drawn, caption) if caption else drawn
 
 
 def draw_heat(image: Image.Image, coords: Tensor, probs: Tensor) -> Image.Image:
@@ -66,6 +61,27 @@ def draw_heat(image: Image.Image, coords: Tensor, probs: Tensor) -> Image.Image:
     heat = matplotlib.colormaps[HEAT](spread(coords, probs).numpy(), bytes=True)[..., :3]
     glow = Image.fromarray(heat).resize(image.size, Image.Resampling.BICUBIC)
     return Image.blend(image.convert("L").convert("RGB"), glow, 0.65)
+
+
+def headed(picture: Image.Image, text: str, size: int = 13) -> Image.Image:
+    """A picture under a line of text, in as many lines as its width asks for.
+
+    Args:
+        size: of the letters in pixels.
+    """
+    font = ImageFont.load_default(size)
+    lines, room = [""], picture.width - 8
+    for word in text.split():
+        longer = f"{lines[-1]} {word}".lstrip()
+        if font.getlength(longer) <= room or not lines[-1]:
+            lines[-1] = longer
+        else:
+            lines.append(word)
+    head = len(lines) * (size + 5) + 6
+    framed = Image.new("RGB", (picture.width, head + picture.height), "white")
+    ImageDraw.Draw(framed).multiline_text((4, 3), "\n".join(lines), fill="black", font=font, spacing=5)
+    framed.paste(picture, (0, head))
+    return framed
 
 
 def side_by_side(pictures: list[Image.Image], gap: int = 8) -> Image.Image:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from tprl.commands.evaluate import SHIPPED_PRUNER
 from tprl.data.jsonl import read_image
-from tprl.draw import draw_kept, side_by_side
+from tprl.draw import draw_kept, headed, side_by_side
 from tprl.evaluate.answers import Answered, answered
 from tprl.evaluate.methods import Method
 from tprl.pocket.assemble import open_lvlm
@@ -53,6 +53,8 @@ def answer(
         raise ValueError(f"--threshold must lie in [0, 1], got {threshold}")
     if budget is not None and budget < 1:
         raise ValueError(f"--budget must be at least 1, got {budget}")
+    if steps and picture is None:
+        raise ValueError("--steps are drawn into a picture; say which with --picture")
     shown = read_image(image)
     lvlm = open_lvlm(model, dtype, device)
     policy = TokenPruner.from_pretrained(pruner or SHIPPED_PRUNER, lvlm.fingerprint).to(device)
@@ -67,7 +69,7 @@ def answer(
     _print(question, whole, short)
     if picture is not None:
         keep = torch.zeros(total, dtype=torch.bool).index_fill(0, short.kept, True)
-        _draw(shown, visual, keep, policy, short.text, steps).save(picture)
+        headed(_draw(shown, visual, keep, policy, short.text, steps), question, 17).save(picture)
         print(f"wrote {picture}")
 
 

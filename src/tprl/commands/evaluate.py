@@ -8,7 +8,7 @@ import tprl
 from tprl import processes
 from tprl.commands.parse import parse_budgets, parse_names
 from tprl.data import load_source
-from tprl.evaluate.benchmark import Benchmark
+from tprl.evaluate.benchmark import Benchmark, check_out
 from tprl.evaluate.gallery import write_gallery
 from tprl.evaluate.methods import check_names, make_methods
 from tprl.evaluate.tables import markdown_table, write_tables
@@ -68,6 +68,7 @@ def evaluate(
     if seed < 0 or gallery < 0:
         raise ValueError(f"--seed and --gallery are whole numbers from 0 on, got {seed} and {gallery}")
     with processes.joined(device) as own_device:
+        check_out(out, resume, overwrite)  # before a model is loaded
         lvlm = open_lvlm(model, dtype, own_device)
         fitting = None
         if TokenPruner.name in names:

@@ -89,7 +89,7 @@ def train(
         val_data: other data whose split "val" is used.
         images: picture folder of a .jsonl file; the file's own unless given.
         skip_bad: leave out records of a .jsonl file that cannot be read.
-        stages: comma-separated, of autoencoder, imitate, ppo.
+        stages: comma-separated, of autoencoder, imitate, ppo; without the first of them from a pruner of --init.
         preset: "default", "quick" (minutes, shows every stage at work) or "paper".
         init: folder of a pruner to start from.
         use_question: --no-use-question hides the question from the policy.
@@ -106,6 +106,8 @@ def train(
     names = parse_names(stages)
     if unknown := [name for name in names if name not in STAGES]:
         raise ValueError(f"unknown stages {unknown}; known: {', '.join(STAGES)}")
+    if STAGES[0] not in names and init is None:
+        raise ValueError(f"--stages {stages} needs a pruner that has been through {STAGES[0]}; say which with --init")
     sources = (
         load_source(data, "train", settings.samples, skip_bad, images),
         load_source(val_data or data, "val", settings.validation, skip_bad, images),

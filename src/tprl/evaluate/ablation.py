@@ -130,7 +130,7 @@ def _cell(row: dict[str, Any]) -> str:
         text += f" with {row['kept_mean']:.0f}"
     if row["difference_points"] is not None:
         low, high = row["difference_ci95"]
-        text += f", {row['difference_points']:+.1f} ({low:+.1f} to {high:+.1f})"
+        text += f", {row['difference_points']:+z.1f} ({low:+z.1f} to {high:+z.1f})"
     return text
 
 

@@ -57,7 +57,7 @@ def markdown_table(results: dict[str, Any]) -> str:
         accuracy = _bold_if_best(f"{row['accuracy']:.1%}", row, rows)
         lines.append(
             f"| {row['budget'] or 'threshold'} | {row['method']} | {row['kept_mean']:.1f} | {accuracy} "
-            f"| {row['drop_points']:.2f} {_interval(row, 2)} | {_cost(row)} |"
+            f"| {row['drop_points']:z.2f} {_interval(row, 2)} | {_cost(row)} |"
         )
     return "\n".join(lines) + "\n"
 
@@ -83,7 +83,7 @@ def overview_table(results: dict[str, Any]) -> str:
     loss = {name: sum(cells[name, budget]["drop_points"] for budget in budgets) for name in methods}
     for name in sorted(methods, key=lambda name: (name in costly, loss[name])):
         own = [cells[name, budget] for budget in budgets]
-        lost = [_bold_if_best(f"{row['drop_points']:.1f}", row, within) + " " + _interval(row, 1) for row in own]
+        lost = [_bold_if_best(f"{row['drop_points']:z.1f}", row, within) + " " + _interval(row, 1) for row in own]
         seen = f"{own[0]['kept_mean']:.0f} to {own[-1]['kept_mean']:.0f}"
         saved = f"{own[0]['flops_saved']:.0%} to {own[-1]['flops_saved']:.0%}"
         lines.append(f"| {name} | {' | '.join(lost)} | {seen} | {saved} |")
@@ -95,7 +95,7 @@ def overview_table(results: dict[str, Any]) -> str:
     for row in by_budget([row for row in rows if row["method"] == "tprl"]):
         lines.append(
             f"| {row['budget'] or 'its threshold'} | {row['kept_mean']:.0f} | {row['accuracy']:.1%} "
-            f"| {row['drop_points']:.1f} {_interval(row, 1)} | {_cost(row)} |"
+            f"| {row['drop_points']:z.1f} {_interval(row, 1)} | {_cost(row)} |"
         )
     return "\n".join(lines) + "\n"
 
@@ -124,7 +124,7 @@ def _bold_if_best(text: str, row: dict[str, Any], rows: Sequence[dict[str, Any]]
 
 def _interval(row: dict[str, Any], digits: int) -> str:
     low, high = row["drop_ci95"]
-    return f"({low:.{digits}f} to {high:.{digits}f})"
+    return f"({low:z.{digits}f} to {high:z.{digits}f})"
 
 
 def _cost(row: dict[str, Any]) -> str:

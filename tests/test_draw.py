@@ -1,5 +1,7 @@
 """Values of tokens on a picture, against cells worked out by hand."""
 
+from itertools import pairwise
+
 import pytest
 import torch
 from PIL import Image
@@ -49,7 +51,7 @@ def test_a_text_over_a_picture_takes_the_lines_that_it_needs() -> None:
     assert long.height > 3 * short.height
     assert long.crop((197, 0, 200, long.height)).convert("L").getextrema() == (255, 255)  # no line runs out of it
     ink = [long.crop((0, y, 200, y + 1)).convert("L").getextrema()[0] < 128 for y in range(long.height)]
-    assert sum(now and not before for before, now in zip(ink, ink[1:], strict=False)) > 3
+    assert sum(now and not before for before, now in pairwise(ink)) > 3
 
 
 def test_what_is_needed_glows() -> None:

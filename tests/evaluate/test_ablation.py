@@ -112,6 +112,10 @@ def test_the_recipe_trains_measures_and_goes_on(world: Path) -> None:
     out = world / "out"
     assert (out / "ablation.csv").read_text().count("\n") == 1 + len(rows)
     assert (out / "ablation.md").read_text() in outcome.stdout
+    cells = {name: json.loads((out / "cells" / f"{name}@0.json").read_text())["cells"] for name in NAMES}
+    full, compact = cells["full"], cells["compact-positions"]  # the same tokens, elsewhere
+    assert [part["kept"] for part in full] == [part["kept"] for part in compact]
+    assert [part["scores"] for part in full] != [part["scores"] for part in compact]
     # all but ppo-only share one imitation; PPO follows by itself, and compact-positions has that of full
     runs = {path.parent.name: json.loads(path.read_text()) for path in out.glob("trainings/*/config.json")}
     stages = sorted(tuple(run["stages"]) for run in runs.values())

@@ -1,5 +1,6 @@
 """Cached pictures, and how right the model's answers are."""
 
+import copy
 from pathlib import Path
 from typing import Any
 
@@ -160,3 +161,21 @@ def test_another_processor_makes_another_cache(lvlm: Lvlm, encoded: EncodedSampl
     finally:
         images.image_mean = mean
     assert other.folder != encoded.folder
+
+
+def test_other_weights_or_another_dtype_make_another_cache(lvlm: Lvlm, encoded: EncodedSamples) -> None:
+    def folder() -> Path:
+        return EncodedSamples(lvlm, encoded.source, encoded.folder.parent, encoded.signals).folder
+
+    with torch.no_grad():
+        weight = next(lvlm.model.parameters()).view(-1)[:1]
+        before = weight.clone()
+        weight += 1
+        changed = folder()
+        weight.copy_(before)
+    assert changed != encoded.folder
+    assert folder() == encoded.folder
+    halved = Lvlm(copy.deepcopy(lvlm.model).bfloat16().float(), lvlm.processor)
+    rounded = EncodedSamples(halved, encoded.source, encoded.folder.parent, encoded.signals).folder
+    halved.model.bfloat16()
+    assert EncodedSamples(halved, encoded.source, encoded.folder.parent, encoded.signals).folder != rounded

@@ -23,6 +23,11 @@ from tprl.train.imitate import (
 from train.puzzle import COUNT, Puzzle, make_pruner
 
 
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> EncodedSamples:
+    return EncodedSamples(tiny_lvlm(), World(), tmp_path_factory.mktemp("cache"))
+
+
 def test_targets_are_the_share_of_later_states_that_hold_a_token() -> None:
     states = torch.tensor([[[1, 1, 1, 1], [1, 1, 1, 0], [1, 1, 0, 0], [1, 0, 0, 0]]]).bool()
     expected = torch.tensor([[[1, 2 / 3, 1 / 3, 0], [1, 1 / 2, 0, 0], [1, 0, 0, 0]]])
@@ -97,6 +102,27 @@ def test_what_a_demonstration_may_cost_is_a_setting_of_its_own(tmp_path: Path) -
     assert 0 < len(strict) < 24
     assert liked(0.0, 0.5) == strict
     assert len(list(data.folder.glob("demonstrations-*"))) == 2
+
+
+@pytest.mark.parametrize(
+    ("imitate", "ppo"),
+    [
+        ({"margin": 0.1}, {}), ({"budgets": (8, 4)}, {}), ({"teachers": ("divprune", "uniform")}, {}),
+        ({"demonstrations": 7}, {}), ({}, {"score": "correct"}), ({}, {"gamma": 0.9}), ({}, {"alpha": 2.0}),
+    ],
+)  # fmt: skip
+def test_demonstrations_are_remembered_by_all_that_they_depend_on(
+    data: EncodedSamples, tmp_path: Path, imitate: dict[str, Any], ppo: dict[str, Any]
+) -> None:
+    def folders(imitate: dict[str, Any], ppo: dict[str, Any]) -> set[Path]:
+        common = {"demonstrations": 8, "teachers": ("uniform", "divprune"), "budgets": (8, 4, 2)}
+        config = TrainConfig(imitate=ImitateStage(**common | imitate), ppo=PpoStage(**ppo))
+        collect_demonstrations(RunFolder(tmp_path, {}, resume=True), data, config)
+        return set(data.folder.glob("demonstrations-*"))
+
+    before = folders({}, {})
+    assert folders({"learning_rate": 1.0, "epochs": 9}, {"beta": 9.0, "epochs": 9}) == before
+    assert len(folders(imitate, ppo)) == len(before) + 1
 
 
 def test_questions_about_one_picture_are_worth_what_each_is_by_itself(tmp_path: Path) -> None:

@@ -1,0 +1,29 @@
+"""The stage that trains the autoencoder: the scale it brings tokens to, and that it learns a model's tokens."""
+
+from pathlib import Path
+
+import torch
+
+from evaluate.world import World, tiny_lvlm
+from tprl.config import AutoencoderStage, PrunerConfig
+from tprl.lvlm.cache import EncodedSamples
+from tprl.pruner import TokenPruner
+from tprl.train.autoencoder import autoencoder_stage
+
+
+def test_tokens_are_centred_and_scaled_and_then_explained(tmp_path: Path) -> None:
+    lvlm = tiny_lvlm()
+    data = EncodedSamples(lvlm, World(), tmp_path)
+    torch.manual_seed(0)
+    pruner = TokenPruner(PrunerConfig(lvlm.width, lvlm.fingerprint, latent=8, autoencoder_hidden=16))
+    stage = autoencoder_stage(pruner, data, AutoencoderStage(steps=150, pictures=3, learning_rate=1e-2), seed=0)
+    tokens = torch.cat([data.features(image_id).tokens for image_id in data.image_ids])
+    seen = pruner.normalise(tokens)
+    torch.testing.assert_close(seen.mean(0), torch.zeros(lvlm.width), atol=1e-5, rtol=0)
+    torch.testing.assert_close(seen.square().mean(), torch.ones(()), atol=1e-4, rtol=0)
+    assert (tokens.square().mean() - 1).abs() > 0.01  # they were not before
+    torch.testing.assert_close(seen[0] - seen[1], (tokens[0] - tokens[1]) * pruner.token_scale)
+    policy = {name: weight.clone() for name, weight in pruner.policy.named_parameters()}
+    losses = [stage.update(step)["unexplained_variance"] for step in range(stage.steps)]
+    assert losses[-1] < 0.5 * losses[0]
+    assert all(torch.equal(weight, policy[name]) for name, weight in pruner.policy.named_parameters())

@@ -85,9 +85,20 @@ BAD: dict[str, tuple[Any, str]] = {
     "box of NaN": ('{"image": "a.png", "question": "?", "box": [0, 0, NaN, 1]}', "four numbers"),
     "box of truths": ({**WITHOUT, "box": [False, False, True, True]}, "four numbers"),
     "box scale 0": ({**WITHOUT, "box": [0, 0, 1, 1], "box_scale": 0}, "above 0, got 0"),
+    "box of huge numbers": ({**WITHOUT, "box": [0, 0, 1, 10**400]}, "four numbers"),
+    "huge box scale": ({**WITHOUT, "box": [0, 0, 1, 1], "box_scale": 10**400}, "has to be a number above 0"),
+    "deep nesting": ("[" * 100_000, "nested too deeply"),
+    "deep nesting in a field": ('{"image": ' + "[" * 100_000 + "]" * 100_000 + "}", "nested too deeply"),
+    "half a character as question": ({**GOOD, "question": "What \ud83d?"}, r"'question' is no Unicode .*\\ud83d"),
+    "half a character as answer": ({**GOOD, "answer": "\ud83d"}, "'answer' is no Unicode"),
+    "half a character in answers": ({**WITHOUT, "answers": ["dog", "\udc36"]}, "'answers' is no Unicode"),
+    "half a character as image": ({**GOOD, "image": "\ud83d.png"}, "'image' is no Unicode"),
+    "half a character as id": ({**GOOD, "id": "\ud83d"}, "'id' is no Unicode"),
+    "half a character as family": ({**GOOD, "family": "\ud83d"}, "'family' is no Unicode"),
     "box scale alone": ({**GOOD, "box_scale": 5}, "of no use without 'box'"),
     "id taken": ({**GOOD, "id": "1"}, "id '1' is taken by line 1"),
     "missing picture": ({**GOOD, "image": "no.png"}, "there is no picture .*no.png"),
+    "long picture name": ({**GOOD, "image": "a" * 300 + ".png"}, "(no|look for) picture .*aaa"),
     "folder as picture": ({**GOOD, "image": "."}, "there is no picture"),
     "empty picture": ({**GOOD, "image": "empty.png"}, r"empty.png is empty \(zero bytes\)"),
 }
@@ -117,6 +128,11 @@ def test_bytes_that_are_no_text(folder: Path) -> None:
     path.write_bytes(b'{"image": "a.png", "question": "\xff?", "answer": "b"}\n')
     with pytest.raises(DataError, match=r"data\.jsonl:1: not JSON"):
         Jsonl(path, "test")
+
+
+def test_whole_characters_are_as_good_escaped_in_halves(folder: Path) -> None:
+    record = '{"image": "a.png", "question": "\\ud83d\\udc36?", "answer": "dog"}'
+    assert Jsonl(write(folder, record), "test").samples[0].question == "\N{DOG FACE}?"
 
 
 @pytest.mark.parametrize("name", ["cut-a.png", "cut-b.jpg", "text.png"])
@@ -171,6 +187,25 @@ def test_train_and_val_divide_the_pictures(folder: Path) -> None:
     assert {sample.image_id for sample in Jsonl(reordered, "val").samples} == pictures["val"]
     with pytest.raises(DataError, match="no sample for split 'train' among its 1"):
         Jsonl(write(folder, GOOD), "train")
+
+
+def test_a_picture_is_one_however_it_is_spelt(folder: Path) -> None:
+    """By every spelling it is in the same split, and names that are plain already stay as they are."""
+    (folder / "street").mkdir()
+    plain = [f"street/{number} ..x.png" for number in range(20)]
+    for name in plain:
+        Image.new("RGB", (4, 4)).save(folder / name)
+    records = [
+        {**GOOD, "image": spelling}
+        for name in plain
+        for spelling in (name, f"./{name}", f"no/../{name}", f"street//{name[7:]}", f"street/./{name[7:]}")
+    ]
+    path = write(folder, *records)
+    assert [sample.image_id for sample in Jsonl(path, "test").samples] == [name for name in plain for _ in range(5)]
+    train, val = ({sample.image_id for sample in Jsonl(path, split).samples} for split in ("train", "val"))
+    assert (len(train), len(val), train & val) == (18, 2, set())
+    assert Jsonl(path, "test").image(plain[0]).size == (4, 4)
+    assert parse_record(json.dumps({**GOOD, "image": "../a.png"}), "1").image_id == "../a.png"
 
 
 def test_read_image_is_upright_rgb(folder: Path) -> None:

@@ -1,5 +1,6 @@
 """The threshold that calibration finds, against trying every one of them."""
 
+import warnings
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -32,11 +33,23 @@ def test_it_is_the_highest_threshold_that_costs_no_more_than_is_allowed(
 
     monkeypatch.setattr(module, "one_shot", one_shot)
     pruner = Pruner(PrunerConfig(8, "abc"))
-    result = calibrate(cast(Any, pruner), cast(Any, None), torch.ones(1), max_drop=1.0)
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        result = calibrate(cast(Any, pruner), cast(Any, None), torch.ones(1), max_drop=1.0)
     allowed = [threshold for threshold in THRESHOLDS if threshold <= costs_too_much_above]
     assert pruner.config.threshold == max(allowed, default=THRESHOLDS[-1])
     assert result.kept == 1 / pruner.config.threshold
     assert len(set(asked)) == len(asked) <= 7
+    assert bool(said) == (not allowed)
+
+
+def test_a_threshold_that_loses_more_than_is_allowed_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "one_shot", lambda *_, threshold: OneShot(0.9, 0.9325, kept=1.0))
+    pruner = Pruner(PrunerConfig(8, "abc"))
+    with pytest.warns(UserWarning, match=r"at most 1\.5 points: 0\.0025, the lowest one, costs 3\.25 on") as said:
+        result = calibrate(cast(Any, pruner), cast(Any, None), torch.ones(7), max_drop=1.5)
+    assert [warning.filename for warning in said] == [__file__]
+    assert (pruner.config.threshold, result.kept) == (THRESHOLDS[-1], 1.0)
 
 
 def test_thresholds_fall_and_span_the_probabilities() -> None:

@@ -6,15 +6,17 @@ One JSON object a line, for example::
     {"image": "street/0001.jpg", "question": "What is it?", "answers": ["bus", "bus", "coach"], "id": "q17"}
     {"image": "desk.png", "question": "Where is the cup?", "box": [120, 400, 260, 610], "box_scale": 1000}
 
-``image`` is a path relative to the picture folder. Every record has one of ``answer`` (a text), ``answers`` (one text
-for each person asked, scored by VQA accuracy) and ``box`` (left, top, right, bottom, scored by IoU). A box is written
-in the numbers that the model is expected to answer with, and ``answer`` beside it is how the model writes them, as they
-stand unless given. ``box_scale`` is the number that stands for a whole side, 1 (fractions of the sides) unless given.
-Boxes in pixels have to be divided by the width and height first. ``family`` groups the results ("all" unless given),
-and ``id`` names the question (the number of its line unless given).
+``image`` is a path relative to the picture folder; ``./a.png`` and ``x/../a.png`` are ``a.png``, whatever ``x`` is.
+Every record has one of ``answer`` (a text), ``answers`` (one text for each person asked, scored by VQA accuracy) and
+``box`` (left, top, right, bottom, scored by IoU). A box is written in the numbers that the model is expected to answer
+with, and ``answer`` beside it is how the model writes them, as they stand unless given. ``box_scale`` is the number
+that stands for a whole side, 1 (fractions of the sides) unless given. Boxes in pixels have to be divided by the width
+and height first. ``family`` groups the results ("all" unless given), and ``id`` names the question (the number of its
+line unless given).
 """
 
 import json
+import posixpath
 import warnings
 from collections.abc import Iterator, Sequence
 from math import isfinite
@@ -125,6 +127,9 @@ class Jsonl:
         except DataError as error:
             self._bad(number, error)
             return False
+        except OSError as error:  # a name that is too long, a folder that may not be entered
+            self._bad(number, DataError(f"cannot look for picture {path}: {error.strerror}"))
+            return False
         return True
 
     def _bad(self, number: int, error: DataError) -> None:
@@ -138,12 +143,15 @@ def parse_record(line: bytes | str, default_id: str) -> Sample:
     """The sample that a line of JSON gives.
 
     Raises:
-        DataError: it is no JSON object, a field is missing, unknown, empty or of the wrong type, or the box is none.
+        DataError: it is no JSON object, a field is missing, unknown, empty, of the wrong type or no Unicode text, or
+            the box is none.
     """
     try:
         record = json.loads(line)
     except ValueError as error:
         raise DataError(f"not JSON: {error}") from error
+    except RecursionError as error:
+        raise DataError("nested too deeply to be read") from error
     if not isinstance(record, dict):
         raise DataError(f"a record is a JSON object, got {record!r:.80}")
     if unknown := sorted(record.keys() - set(FIELDS)):
@@ -164,7 +172,7 @@ def parse_record(line: bytes | str, default_id: str) -> Sample:
         answers = _texts(record, "answers")
     return Sample(
         sample_id=_text(record, "id") if "id" in record else default_id,
-        image_id=_text(record, "image"),
+        image_id=posixpath.normpath(_text(record, "image")),  # one id a picture, so that no two splits share it
         question=_text(record, "question"),
         answers=answers,
         family=_text(record, "family") if "family" in record else "all",
@@ -193,14 +201,23 @@ def _text(record: dict[str, Any], name: str) -> str:
     text = record[name]
     if not isinstance(text, str) or not text.strip():
         raise DataError(f"field {name!r} has to be a text that is not empty, got {text!r:.80}")
-    return text.strip()
+    return _unicode(text, name)
 
 
 def _texts(record: dict[str, Any], name: str) -> tuple[str, ...]:
     texts = record[name]
     if not isinstance(texts, list) or not texts or not all(isinstance(text, str) and text.strip() for text in texts):
         raise DataError(f"field {name!r} has to be a list of texts, none of them empty, got {texts!r:.80}")
-    return tuple(text.strip() for text in texts)
+    return tuple(_unicode(text, name) for text in texts)
+
+
+def _unicode(text: str, name: str) -> str:
+    """``text`` without the space around it. JSON can write half of a surrogate pair, which no file or digest takes."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise DataError(f"field {name!r} is no Unicode text: {error}") from error
+    return text.strip()
 
 
 def _box(record: dict[str, Any]) -> tuple[Box, float]:
@@ -220,4 +237,9 @@ def _box(record: dict[str, Any]) -> tuple[Box, float]:
 
 
 def _is_number(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and isfinite(value)
+    if not isinstance(value, int | float) or isinstance(value, bool):
+        return False
+    try:
+        return isfinite(value)
+    except OverflowError:  # a whole number that no float is as large as
+        return False

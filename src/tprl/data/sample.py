@@ -9,6 +9,9 @@ from PIL import Image
 
 Box = tuple[float, float, float, float]
 
+UNSAID_SCALE = 24
+"""The ``box_scale`` of scenes. Digests leave it out: results are kept by those of before it was part of them."""
+
 
 @dataclass(frozen=True)
 class Sample:
@@ -54,8 +57,16 @@ class DataError(ValueError):
 
 
 def samples_digest(source: Source) -> str:
-    """A digest that changes with any question, answer or picture."""
+    """A digest that changes with any question, answer, box, box scale or picture."""
     samples = "\n".join(
-        f"{s.image_id}{source.version(s.image_id)}\t{s.question}\t{s.answers}\t{s.box}" for s in source.samples
+        f"{s.image_id}{source.version(s.image_id)}\t{s.question}\t{s.answers}\t{s.box}{_scale(s)}"
+        for s in source.samples
     )
     return hashlib.sha256(samples.encode()).hexdigest()[:16]
+
+
+def _scale(sample: Sample) -> str:
+    """What a digest says of the box scale; nothing where there is no box to scale."""
+    if sample.box is None or sample.box_scale == UNSAID_SCALE:
+        return ""
+    return f"\t{float(sample.box_scale)}"

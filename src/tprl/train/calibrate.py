@@ -1,6 +1,7 @@
 """One look at held-out samples: how accurate and how short the pruned input is, and which threshold is worth it."""
 
 import math
+import warnings
 from dataclasses import dataclass, replace
 
 import torch
@@ -70,9 +71,9 @@ def one_shot(
 
 def calibrate(pruner: TokenPruner, data: EncodedSamples, unpruned: Tensor, max_drop: float) -> OneShot:
     """Set the pruner's threshold to the highest one that costs at most ``max_drop`` points on ``data``, found by
-    bisection, since less is lost the lower it is.
+    bisection, which takes it that less is lost the lower it is.
 
-    Where even the lowest costs more, that one is set.
+    Where none that it tries costs so little, the lowest is set, with a warning if that one costs more too.
     """
     tried: dict[int, OneShot] = {}
     too_high, low_enough = -1, len(THRESHOLDS) - 1
@@ -85,4 +86,11 @@ def calibrate(pruner: TokenPruner, data: EncodedSamples, unpruned: Tensor, max_d
             too_high = middle
     threshold = THRESHOLDS[low_enough]
     pruner.config = replace(pruner.config, threshold=threshold)
-    return tried.get(low_enough) or one_shot(pruner, data, unpruned, threshold=threshold)
+    result = tried.get(low_enough) or one_shot(pruner, data, unpruned, threshold=threshold)
+    if result.drop_points > max_drop:
+        warnings.warn(
+            f"no threshold was found that costs at most {max_drop:g} points: {threshold:.4f}, the lowest one, costs "
+            f"{result.drop_points:.2f} on the {len(unpruned)} validation questions, and is set",
+            stacklevel=2,
+        )
+    return result

@@ -15,7 +15,7 @@ FOLDER = Path("tprl-questions")
 
 
 def doc_to_visual(doc: dict[str, Any]) -> list[Image.Image]:
-    return [read_image(FOLDER / doc["image"])]
+    return [read_image(FOLDER / _sample(doc).image_id)]
 
 
 def doc_to_target(doc: dict[str, Any]) -> str:
@@ -27,6 +27,9 @@ def process_results(doc: dict[str, Any], results: list[str]) -> dict[str, float]
 
 
 def _sample(doc: dict[str, Any]) -> Sample:
-    """The question as ``tprl`` reads it; the columns that other lines have are None in this one."""
+    """The question as ``tprl`` reads it; the columns that other lines have are None in this one.
+
+    An id that is not given would be the number of the line, which lmms-eval does not tell, and no score depends on it.
+    """
     record = {name: value for name, value in doc.items() if value is not None}
-    return parse_record(json.dumps(record).encode(), str(record["id"]))
+    return parse_record(json.dumps(record), default_id="")

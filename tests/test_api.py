@@ -167,6 +167,29 @@ def test_unprune_and_unknown_names(tiny: Tiny) -> None:
     assert HANDLE not in tiny.model.__dict__
     with pytest.raises(ValueError, match=r"unknown selector 'fastW'; known: random, .*, fastv, "):
         tprl.prune(tiny.model, "fastW", budget=3)
+    with pytest.raises(ValueError, match="pruner None is not allowed; a TokenPruner, a selector or the name of one"):
+        tprl.prune(tiny.model, None, budget=3)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("name", ["prumerge+", "visionzip", "divprune", "cdpruner"])
+def test_a_peer_under_autocast(name: str) -> None:
+    tiny = make("llava", torch.float32)
+    with tprl.prune(tiny.model, name, budget=7, template_ids=frozenset()) as pruned, torch.no_grad():
+        with torch.autocast("cpu", torch.bfloat16):
+            tiny.model(**tiny.batch([2, "I", 4]))
+        assert pruned.kept[0][0].count == 7
+
+
+def test_a_model_that_was_compiled_before_is_pruned_inside() -> None:
+    tiny = make("llava", torch.float32)
+    inputs = tiny.batch([2, "I", 4])
+    with torch.no_grad():
+        with tprl.prune(tiny.model, FastV(1), budget=4):
+            wanted = tiny.model(**inputs).logits
+        compiled = torch.compile(tiny.model, backend="eager")
+        compiled(**inputs)
+        with tprl.prune(tiny.model, FastV(1), budget=4):
+            torch.testing.assert_close(compiled(**inputs).logits, wanted)
 
 
 def test_the_documented_lines_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

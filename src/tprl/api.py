@@ -6,7 +6,7 @@ from transformers import PreTrainedModel
 from transformers.processing_utils import ProcessorMixin
 
 from tprl.lvlm.cut import Positions
-from tprl.lvlm.handle import Handle, unprune
+from tprl.lvlm.handle import Handle, check_model, unprune
 from tprl.lvlm.model import Lvlm
 from tprl.lvlm.prune import prune as prune_prompt
 from tprl.lvlm.prune_inside import prune_inside
@@ -58,9 +58,12 @@ def prune(
         ...     model.generate(**inputs)
         >>> pruned.kept[0][0].coords
     """
+    check_model(model)
     chosen: Any = make_selector(pruner) if isinstance(pruner, str) else pruner
     if isinstance(chosen, type):
         raise ValueError(f"give an object, {chosen.__name__}(), not the class itself")
+    if not isinstance(chosen, InModel) and not hasattr(chosen, "select"):
+        raise ValueError(f"pruner {chosen!r} is not allowed; a TokenPruner, a selector or the name of one")
     if isinstance(chosen, InModel):
         if positions != "original":
             raise ValueError(f"positions {positions!r} is not allowed with {chosen.name}; 'original'")

@@ -1,6 +1,7 @@
 """Cached pictures, and how right the model's answers are."""
 
 import copy
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -179,3 +180,22 @@ def test_other_weights_or_another_dtype_make_another_cache(lvlm: Lvlm, encoded: 
     rounded = EncodedSamples(halved, encoded.source, encoded.folder.parent, encoded.signals).folder
     halved.model.bfloat16()
     assert EncodedSamples(halved, encoded.source, encoded.folder.parent, encoded.signals).folder != rounded
+
+
+def test_an_answer_in_other_letters_is_right_too(lvlm: Lvlm, encoded: EncodedSamples) -> None:
+    class Loud(World):
+        def __init__(self) -> None:
+            super().__init__()
+            self.samples = [
+                replace(s, answers=(s.answers[0].upper() + "!",)) if s.box is None and len(s.answers) == 1 else s
+                for s in self.samples
+            ]
+
+    loud = EncodedSamples(lvlm, Loud(), encoded.folder.parent, encoded.signals)
+    visual = encoded.visual(range(24))
+    keep = visual.mask & (torch.arange(16) % 3 > 0)
+    wanted = encoded.accuracy(range(24), visual.tokens, keep)
+    one = torch.tensor([s.box is None and len(s.answers) == 1 for s in encoded.samples])
+    assert 0 < wanted[one].sum() < one.sum()
+    assert not loud.score(range(24), visual.tokens, keep).correct[one].any()  # a pass alone does not tell
+    assert torch.equal(loud.accuracy(range(24), visual.tokens, keep), wanted)

@@ -6,6 +6,7 @@ hides the dropped tokens. Each equality stands beside controls that must fail.
 
 import inspect
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from copy import deepcopy
 from itertools import chain
 from typing import Any
@@ -19,8 +20,12 @@ from transformers import (
     GenerationMixin,
     LlamaConfig,
     LlamaForCausalLM,
+    LogitsProcessor,
+    MaxLengthCriteria,
     PreTrainedModel,
     StaticCache,
+    StoppingCriteria,
+    StoppingCriteriaList,
 )
 
 from lvlm.tiny import IMAGE, NAMES, PAD, Prompt, Tiny, make
@@ -536,7 +541,10 @@ def test_the_ends_of_a_static_cache_follow_the_short_prompt() -> None:
     [
         ({}, "exactly one of budget, keep_ratio and threshold; got none"),
         ({"budget": 3, "keep_ratio": 0.5}, "got budget, keep_ratio"),
-        ({"budget": 0}, "budget 0 is not allowed; at least 1"),
+        ({"budget": 0}, "budget 0 is not allowed; a whole number, at least 1"),
+        ({"budget": 2.7}, "budget 2.7 is not allowed; a whole number"),
+        ({"budget": True}, "budget True is not allowed; a whole number"),
+        ({"budget": "4"}, "budget '4' is not allowed; a whole number"),
         ({"keep_ratio": 0.0}, "keep_ratio 0.0 is not allowed; more than 0 and at most 1"),
         ({"keep_ratio": 1.01}, "keep_ratio 1.01"),
         ({"threshold": -0.1}, "threshold -0.1 is not allowed; 0 to 1"),
@@ -549,6 +557,21 @@ def test_values_that_are_not_allowed(options: dict[str, Any], message: str) -> N
     with pytest.raises(ValueError, match=message):
         prune(model, Norms(), **options)
     assert HANDLE not in model.__dict__
+
+
+def test_wrappers_and_models_without_a_head_are_refused_and_left_as_they_are() -> None:
+    class Wrapper(torch.nn.Module):
+        def __init__(self, model: PreTrainedModel) -> None:
+            super().__init__()
+            self.model, self.config = model, model.config
+
+    tiny = make("llava")
+    inputs = tiny.batch([3, "I", 2])
+    before = tiny.model(**inputs).logits
+    for model in (tiny.model.model, Wrapper(tiny.model)):
+        with pytest.raises(ValueError, match=f"{type(model).__name__} cannot be pruned; give the model of transf"):
+            prune(model, Norms(), budget=2)
+    assert torch.equal(tiny.model(**inputs).logits, before)
 
 
 class Needy(Norms):
@@ -580,8 +603,6 @@ def test_what_cannot_be_pruned() -> None:
     with prune(tiny.model, Norms(), budget=5):
         with pytest.raises(ValueError, match="pruned already"):
             prune(tiny.model, Norms(), budget=1)
-        with pytest.raises(ValueError, match="budget 5 is more than a picture's 4 visual tokens"):
-            tiny.model(**inputs)
         with pytest.raises(ValueError, match="videos"):
             tiny.model(**inputs, pixel_values_videos=inputs["pixel_values"])
         for call in (tiny.model, tiny.model.generate):
@@ -676,3 +697,120 @@ def test_the_models_still_take_encoded_pictures(tiny: Tiny) -> None:
         assert inspect.signature(tiny.model.forward).parameters == parameters
     assert hasattr(tiny.model.base_model, "get_image_features")
     assert set(pruning_module._REPLACEMENTS) == {"forward", "generate", "_expand_inputs_for_generation"}
+
+
+def test_of_a_picture_with_fewer_tokens_than_the_budget_all_are_kept() -> None:
+    tiny = make("llava")
+    inputs = tiny.batch([3, "I", 2])
+    whole = tiny.model(**inputs).logits
+    with prune(tiny.model, Norms(), budget=99) as pruning:
+        assert torch.equal(tiny.model(**inputs).logits, whole)
+        assert pruning.kept[0][0].count == pruning.kept[0][0].total == 16
+
+
+GREEDY: dict[str, Any] = {"do_sample": False, "max_new_tokens": 6}
+
+
+@pytest.mark.parametrize("new", [5, 27, 28, 60])
+def test_a_new_turn_given_alone_may_be_longer_than_the_prompt_before_it(new: int) -> None:
+    tiny = make("llava")
+    prompt = tiny.batch([3, "I", 9])
+    more = torch.randint(5, 39, (1, new), generator=torch.Generator().manual_seed(3))
+    with prune(tiny.model, Norms(), keep_ratio=0.4):
+        first = tiny.model.generate(**prompt, **GREEDY, return_dict_in_generate=True)
+        whole = torch.cat([first.sequences, more], 1)
+        mask, alone = torch.ones_like(whole), torch.cat([first.sequences[:, -1:], more], 1)
+        caches = [deepcopy(first.past_key_values) for _ in range(2)]
+        wanted = tiny.model.generate(whole, attention_mask=mask, past_key_values=caches[0], **GREEDY)
+        found = tiny.model.generate(alone, attention_mask=mask, past_key_values=caches[1], **GREEDY)
+    assert torch.equal(found, torch.cat([alone, wanted[:, whole.shape[1] :]], 1))
+
+
+def test_a_continuation_may_give_its_own_positions(tiny: Tiny) -> None:
+    """Position ids of the whole prompt are those that a cache goes on with, beside a mask of the whole prompt."""
+    inputs = tiny.batch(*BATCH)
+    with prune(tiny.model, Norms(), keep_ratio=0.4):
+        cache = tiny.model(**inputs, use_cache=True).past_key_values
+        mask = torch.nn.functional.pad(inputs["attention_mask"], (0, 1), value=1)
+        more = {"input_ids": torch.tensor([[10], [11], [12]]), "attention_mask": mask}
+        positions = cache._tprl_past.next_position
+        wanted = tiny.model(**more, past_key_values=deepcopy(cache)).logits
+        found = tiny.model(**more, past_key_values=deepcopy(cache), position_ids=positions).logits
+        moved = tiny.model(**more, past_key_values=cache, position_ids=positions + 3).logits
+    assert torch.equal(found, wanted)
+    assert not torch.equal(moved, wanted)
+
+
+def test_a_cache_goes_on_with_as_many_copies_of_its_prompts_as_it_has() -> None:
+    tiny = make("llava")
+    questions = torch.tensor([[7, 8, 9], [11, 12, 13]])
+    with prune(tiny.model, Norms(), keep_ratio=0.4):
+        cache = tiny.model(**tiny.batch([3, "I", 9]), use_cache=True).past_key_values
+        alone = [tiny.model(input_ids=row[None], past_key_values=deepcopy(cache)).logits for row in questions]
+        cache.batch_repeat_interleave(2)
+        assert gap(tiny.model(input_ids=questions, past_key_values=cache).logits, torch.cat(alone)) < 1e-5
+        two = tiny.model(**tiny.batch([3, "I", 9], [3, "I", 5]), use_cache=True).past_key_values
+        two.batch_select_indices(torch.tensor([1]))
+        with pytest.raises(ValueError, match="filled by 2 prompts and cannot go on with 1"):
+            tiny.model(input_ids=questions[:1], past_key_values=two)
+
+
+def test_what_the_caller_gives_generate_sees_whole_sequences(tiny: Tiny) -> None:
+    prompts = tiny.batch(*BATCH)
+    length = prompts["input_ids"].shape[1]
+    seen: dict[str, list[Tensor]] = {"criterion": [], "processor": [], "allowed": []}
+
+    class Third(StoppingCriteria):
+        def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Tensor:
+            seen["criterion"].append(input_ids)
+            return torch.full((len(input_ids),), input_ids.shape[1] == length + 3)
+
+    class Watching(LogitsProcessor):
+        def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+            seen["processor"].append(input_ids)
+            return scores
+
+    def allowed(row: int, ids: Tensor) -> list[int]:
+        seen["allowed"].append(ids)
+        return list(range(5, 39))
+
+    given = {"stopping_criteria": [Third()], "logits_processor": [Watching()], "prefix_allowed_tokens_fn": allowed}
+    with prune(tiny.model, Norms(), keep_ratio=0.4) as pruning:
+        found = tiny.model.generate(**prompts, **given, **GREEDY)
+        assert pruning.cut is not None
+        limit = StoppingCriteriaList([MaxLengthCriteria(length + 2)])
+        assert tiny.model.generate(**prompts, do_sample=False, stopping_criteria=limit).shape[1] == length + 2
+    assert found.shape[1] == length + 3
+    assert [ids.shape[1] for ids in seen["processor"]] == [length, length + 1, length + 2]
+    assert [ids.shape[1] for ids in seen["criterion"]] == [length + 1, length + 2, length + 3]
+    assert torch.equal(seen["criterion"][-1], found)
+    assert all(torch.equal(ids, found[number % 3, : len(ids)]) for number, ids in enumerate(seen["allowed"]))
+
+
+def test_calls_of_several_threads_do_not_mix() -> None:
+    tiny = make("llava")
+    prompts = [tiny.batch([3, "I", 9]), tiny.batch([1, "I", 2, "I", 5]), tiny.batch([7])]
+    with prune(tiny.model, Norms(), keep_ratio=0.4):
+        wanted = [tiny.model.generate(**prompt, **GREEDY) for prompt in prompts]
+
+        def ask(number: int) -> Tensor:
+            with torch.no_grad():
+                return tiny.model.generate(**prompts[number % 3], **GREEDY)
+
+        with ThreadPoolExecutor(3) as threads:
+            found = list(threads.map(ask, range(18)))
+    assert all(torch.equal(answer, wanted[number % 3]) for number, answer in enumerate(found))
+
+
+def test_a_handle_that_was_undone_prunes_no_more_and_undoes_no_other() -> None:
+    tiny = make("llava")
+    with prune(tiny.model, Norms(), budget=2) as first:
+        pass
+    with pytest.raises(ValueError, match="was undone; prune it anew"), first:
+        pass
+    with prune(tiny.model, Norms(), budget=2) as old:
+        unprune(tiny.model)
+        second = prune(tiny.model, Norms(), budget=3)
+    assert not old.attached
+    assert second.attached
+    unprune(tiny.model)

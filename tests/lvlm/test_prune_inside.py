@@ -221,13 +221,17 @@ def test_what_is_refused() -> None:
         prune_inside(tiny.model, FastV(2), budget=1)
     with pytest.raises(ValueError, match="fastv cuts before layer 1; at least 2 layers of this model see all"):
         prune_inside(make("qwen3_vl").model, FastV(1), budget=1)
-    with prune_inside(tiny.model, FastV(1), budget=17):
+    with prune_inside(tiny.model, FastV(1), budget=17) as pruning:
         with pytest.raises(ValueError, match="pruned already"):
             prune_inside(tiny.model, FastV(1), budget=1)
-        with pytest.raises(ValueError, match="budget 17 is more than a picture's 16 visual tokens"):
-            tiny.model(**tiny.batch([1, "I", 2]))
+        tiny.model(**tiny.batch([1, "I", 2]))
+        assert pruning.kept[0][0].count == 16  # all that there are
     inputs = tiny.batch([1, "I", 2])
     with prune_inside(tiny.model, FastV(1), budget=4):
+        cache = tiny.model(**inputs, use_cache=True).past_key_values
+        cache.batch_repeat_interleave(2)
+        with pytest.raises(ValueError, match="filled by 1 prompts and cannot go on with 2"):
+            tiny.model(input_ids=torch.tensor([[7], [8]]), past_key_values=cache)
         for option in ({"prefill_chunk_size": 4}, {"guidance_scale": 2.0}):
             with pytest.raises(ValueError, match="fastv prunes inside the language model and needs the whole prompt"):
                 tiny.model.generate(**inputs, max_new_tokens=2, **option)

@@ -298,12 +298,13 @@ def check_out(out: Path, resume: bool, overwrite: bool) -> None:
 
 
 def check_budgets(lvlm: Lvlm, source: Source, budgets: Iterable[int]) -> int:
-    """The visual tokens of the first picture of ``source``.
+    """The most visual tokens that one of the first pictures of ``source`` has.
 
     Raises:
         ValueError: a budget is more than that.
     """
-    total = len(lvlm.encode_images([source.image(source.samples[0].image_id)])[0].tokens)
+    first = list(dict.fromkeys(sample.image_id for sample in source.samples))[:PICTURES_AT_ONCE]
+    total = max(len(picture.tokens) for picture in lvlm.encode_images([source.image(name) for name in first]))
     for budget in budgets:
         if not 1 <= budget <= total:
             raise ValueError(f"budget {budget} is not allowed; 1 to {total}, a picture's visual tokens")

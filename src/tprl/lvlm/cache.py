@@ -177,10 +177,10 @@ class EncodedSamples:
         within: Within | None = None,
         pictures: Tensor | None = None,
     ) -> Tensor:
-        """How right the greedy answers to samples ``indices`` are; arguments as for ``score``.
+        """How right the greedy answers to samples ``indices`` are, see ``tprl.scoring.score``; arguments of ``score``.
 
-        Where one text is accepted, 1 exactly if greedy decoding yields it, which one teacher-forced pass tells. Boxes
-        and samples with several accepted answers are answered token by token and scored by ``tprl.scoring.score``.
+        Where one text is accepted, a teacher-forced pass tells those that say just that. The others may say the same in
+        other words, so they are answered token by token, and so are boxes and samples with several accepted answers.
         Where ``N`` is 0, the prompts are asked without any picture.
 
         Returns:
@@ -192,11 +192,12 @@ class EncodedSamples:
         if bool(told.any()):
             chosen = [i for i in indices if self._one_text(i)]
             result[told] = self.score(chosen, tokens, keep_mask[told], within, pictures[told]).correct.float()
-        asked = [i for i in indices if not self._one_text(i)]
-        if asked:
-            answers = self.answers(asked, tokens[pictures[~told]], keep_mask[~told], within)
-            scores = [score(self.samples[i], answer) for i, answer in zip(asked, answers, strict=True)]
-            result[~told] = torch.tensor(scores)
+        asked = result == 0
+        if bool(asked.any()):
+            chosen = [i for i, ask in zip(indices, asked.tolist(), strict=True) if ask]
+            answers = self.answers(chosen, tokens[pictures[asked]], keep_mask[asked], within)
+            scores = [score(self.samples[i], answer) for i, answer in zip(chosen, answers, strict=True)]
+            result[asked] = torch.tensor(scores)
         return result
 
     def answers(

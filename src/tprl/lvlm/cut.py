@@ -12,7 +12,7 @@ from tprl.lvlm.families import family_of
 
 Positions = Literal["original", "compact"]
 
-_ALIGNED = {"labels": -100, "token_type_ids": 0, "mm_token_type_ids": 0}
+_ALIGNED = {"labels": -100, "shift_labels": -100, "token_type_ids": 0, "mm_token_type_ids": 0}
 """Inputs with one entry a token besides ids, mask and positions, and what stands for padding in them."""
 
 

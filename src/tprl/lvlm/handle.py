@@ -4,6 +4,7 @@ Methods of the *instance* are replaced, none of its classes.
 """
 
 import inspect
+import threading
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import wraps
@@ -12,7 +13,7 @@ from typing import Any, Self, cast
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import GenerationMixin, PreTrainedModel
 
 from tprl.lvlm.families import family_of
 from tprl.lvlm.model import ImageFeatures
@@ -46,6 +47,7 @@ class Handle:
     Attributes:
         kept: what was kept in the last call that had pictures: for each sample, a ``Kept`` a picture.
         replacements: methods of the model and what stands in their place.
+        lock: held by the thread whose call is on its way; the calls of others wait.
     """
 
     def __init__(self, model: PreTrainedModel, replacements: Mapping[str, Callable[..., Any]]) -> None:
@@ -53,14 +55,29 @@ class Handle:
         self.replacements = replacements
         self.replaced: dict[str, Any] = {name: model.__dict__[name] for name in replacements if name in model.__dict__}
         self._model = model
+        self.lock = threading.RLock()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in self.__dict__.items() if name != "lock"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state, lock=threading.RLock())
+
+    @property
+    def attached(self) -> bool:
+        """Whether it is this handle by which the model is pruned."""
+        return self._model.__dict__.get(HANDLE) is self
 
     def __enter__(self) -> Self:
+        if not self.attached:
+            raise ValueError("this pruning of the model was undone; prune it anew")
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        unprune(self._model)
+        if self.attached:
+            unprune(self._model)
 
     def original(self, name: str) -> Callable[..., Any]:
         """The method of the model that was replaced."""
@@ -76,9 +93,19 @@ class Handle:
         setattr(self._model, HANDLE, self)
 
 
+def check_model(model: PreTrainedModel) -> None:
+    """Raise ValueError unless ``model`` can be pruned."""
+    if not isinstance(model, PreTrainedModel) or not isinstance(model, GenerationMixin):
+        raise ValueError(
+            f"{type(model).__name__} cannot be pruned; give the model of transformers with its language-modelling head "
+            "that is inside, such as peft_model.get_base_model(), or that which torch.compile was given"
+        )
+    family_of(model)
+
+
 def check_amount(model: PreTrainedModel, given: Mapping[str, float | None]) -> None:
     """Raise ValueError unless ``model`` can be pruned and exactly one of the amounts ``given`` is given and allowed."""
-    family_of(model)
+    check_model(model)
     if HANDLE in model.__dict__:
         raise ValueError("the model is pruned already; unprune it first")
     chosen = {name: value for name, value in given.items() if value is not None}
@@ -87,8 +114,9 @@ def check_amount(model: PreTrainedModel, given: Mapping[str, float | None]) -> N
         raise ValueError(
             f"give exactly one of {', '.join(names[:-1])} and {names[-1]}; got {', '.join(chosen) or 'none'}"
         )
-    if chosen.get("budget", 1) < 1:
-        raise ValueError(f"budget {chosen['budget']} is not allowed; at least 1")
+    budget = chosen.get("budget", 1)
+    if not isinstance(budget, int) or isinstance(budget, bool) or budget < 1:
+        raise ValueError(f"budget {budget!r} is not allowed; a whole number, at least 1")
     if not 0 < chosen.get("keep_ratio", 1) <= 1:
         raise ValueError(f"keep_ratio {chosen['keep_ratio']} is not allowed; more than 0 and at most 1")
     if not 0 <= chosen.get("threshold", 0) <= 1:
@@ -112,7 +140,9 @@ def _with_signature(replacement: Callable[..., Any], original: Callable[..., Any
 
     @wraps(original)
     def method(self: PreTrainedModel, *args: Any, **kwargs: Any) -> Any:
-        return replacement(self, self.__dict__[HANDLE], *args, **kwargs)
+        handle: Handle = self.__dict__[HANDLE]
+        with handle.lock:
+            return replacement(self, handle, *args, **kwargs)
 
     signature = inspect.signature(original)
     first = inspect.Parameter("self", inspect.Parameter.POSITIONAL_OR_KEYWORD)

@@ -14,7 +14,7 @@ from typing import Any, Protocol, cast
 import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
-from transformers import Cache, PreTrainedModel
+from transformers import Cache, LogitsProcessorList, MaxLengthCriteria, PreTrainedModel, StoppingCriteriaList
 from transformers.utils.generic import ModelOutput
 
 from tprl.lvlm.cut import Choice, Cut, Positions, contained, cut_features, cut_of, shortened
@@ -68,12 +68,7 @@ class Pruning(Handle):
                 assert self.keep_ratio is not None
                 budget = (counts.double() * self.keep_ratio).round().long().clamp(min=1)
             else:
-                budget = torch.full_like(counts, self.budget)
-                if (counts < budget).any():
-                    raise ValueError(
-                        f"budget {self.budget} is more than a picture's {int(counts.min())} visual tokens; "
-                        "allowed: 1 to as many as the smallest picture has, or use keep_ratio"
-                    )
+                budget = counts.clamp(max=self.budget)
             selection = self.selector.select(visual, budget)
         if (selection.keep_mask & ~visual.mask).any():
             raise ValueError(f"the selector {type(self.selector).__name__} keeps padding")
@@ -95,7 +90,7 @@ def prune(
     Args:
         model: of one of ``tprl.lvlm.families.FAMILIES``, with a language-modelling head.
         selector: decides what is kept, picture by picture.
-        budget: visual tokens to keep of every picture.
+        budget: visual tokens to keep of every picture; all of one that has fewer.
         keep_ratio: share of every picture's visual tokens to keep, in (0, 1]; rounded, one token at least.
         threshold: keep what the selector keeps with at least this probability, in [0, 1]; possibly nothing.
         positions: "original": what is kept stays at its position ids, as if the rest were masked. "compact": position
@@ -141,6 +136,13 @@ class _Generation:
     cut: Cut | None = None
     position_ids: Tensor | None = None
 
+    def whole(self, prompt: Tensor, ids: Tensor) -> Tensor:
+        """Sequences ``ids (B * G, L' + T)`` that begin with the short prompt, with ``prompt (B, L)`` in its place."""
+        if self.cut is None:
+            return ids
+        repeated = prompt.to(ids.device).repeat_interleave(len(ids) // len(prompt), 0)
+        return torch.cat([repeated, ids[:, self.cut.index.shape[1] :]], 1)
+
 
 def _forward(model: PreTrainedModel, pruning: Pruning, *args: Any, **kwargs: Any) -> Any:
     original = pruning.original("forward")
@@ -150,7 +152,7 @@ def _forward(model: PreTrainedModel, pruning: Pruning, *args: Any, **kwargs: Any
     if "pixel_values" not in inputs:
         if pruning._generation is None and inputs.get("mm_encoder_outputs"):
             raise ValueError("a pruned model wants pixel_values, not pictures that are encoded already")
-        if past is not None and "position_ids" not in inputs:
+        if past is not None and (pruning._generation is None or "position_ids" not in inputs):
             return original(**_resumed(past, inputs))
         return original(*args, **kwargs)
     refuse(inputs)
@@ -232,24 +234,24 @@ def _generate(model: PreTrainedModel, pruning: Pruning, *args: Any, **kwargs: An
         refuse(inputs)
     if prompt is None:
         raise ValueError("a pruned model needs input_ids, to know which tokens are visual")
-    whole = past is None or prompt.shape[1] >= past.cut.length
-    if whole:
-        _count_new_tokens(model, inputs, prompt.shape[1])
+    whole = past is None or _is_whole(prompt, inputs.get("attention_mask"), past.cut)
     with recorded_tower(model, pruning.selector.needs if pictures else frozenset()) as patches:
-        generation = pruning._generation = _Generation(inputs, patches, past)
+        generation = _Generation(inputs, patches, past)
+        if whole:
+            _show_whole(inputs, generation, prompt)
+            _count_new_tokens(model, inputs, prompt.shape[1])
+        before, pruning._generation = pruning._generation, generation
         try:
             result = original(**inputs)
         finally:
-            pruning._generation = None
+            pruning._generation = before
     cut, positions = generation.cut, generation.position_ids
     if cut is None or positions is None:
         return result
     returned = isinstance(result, ModelOutput)
     cache = result.get("past_key_values") if returned else inputs.get("past_key_values")
     if whole:
-        sequences = result["sequences"] if returned else result
-        repeated = prompt.to(sequences.device).repeat_interleave(len(sequences) // len(prompt), 0)
-        sequences = torch.cat([repeated, sequences[:, cut.index.shape[1] :]], 1)
+        sequences = generation.whole(prompt, result["sequences"] if returned else result)
         if returned:
             result["sequences"] = sequences
         else:
@@ -307,11 +309,18 @@ def _remember(cache: Cache, cut: Cut, position_ids: Tensor) -> None:
 
 
 def _past_of(inputs: Mapping[str, Any]) -> _Past | None:
-    """What was noted in the cache that a call continues."""
+    """What was noted in the cache that a call continues, for as many rows as the call has."""
     cache = inputs.get("past_key_values")
     if cache is None or int(cache.get_seq_length()) == 0:
         return None
-    return cast("_Past | None", cache.__dict__.get("_tprl_past"))
+    past = cast("_Past | None", cache.__dict__.get("_tprl_past"))
+    given = next((inputs[name] for name in ("input_ids", "inputs", "inputs_embeds") if name in inputs), None)
+    if past is None or given is None or len(given) == (rows := len(past.cut.index)):
+        return past
+    times, rest = divmod(len(given), rows)
+    if rest:
+        raise ValueError(f"the cache was filled by {rows} prompts and cannot go on with {len(given)}")
+    return _Past(past.cut.repeated(times), past.next_position.repeat_interleave(times, -2))
 
 
 def _resumed(past: _Past, inputs: dict[str, Any]) -> dict[str, Any]:
@@ -325,7 +334,35 @@ def _resumed(past: _Past, inputs: dict[str, Any]) -> dict[str, Any]:
         mask = cut.mask.long()
     elif mask.shape[1] == cut.length:
         mask = (mask.bool().gather(1, cut.index) & cut.mask).to(mask.dtype)
-    return {**inputs, "attention_mask": mask, "position_ids": past.next_position + behind}
+    return {"position_ids": past.next_position + behind, **inputs, "attention_mask": mask}
+
+
+def _is_whole(prompt: Tensor, mask: Tensor | None, cut: Cut) -> bool:
+    """Whether ``prompt`` begins with what a cache holds, rather than being its continuation alone: then a mask is of
+    its length, too."""
+    return prompt.shape[1] >= cut.length and (mask is None or mask.shape[1] == prompt.shape[1])
+
+
+def _show_whole(inputs: dict[str, Any], generation: _Generation, prompt: Tensor) -> None:
+    """Let the caller's own criteria and processors see whole sequences, whatever the model works on."""
+
+    def criterion(inner: Callable[..., Any]) -> Callable[..., Any]:
+        return lambda input_ids, scores, **kwargs: inner(generation.whole(prompt, input_ids), scores, **kwargs)
+
+    def processor(inner: Callable[..., Any]) -> Callable[..., Any]:  # ``generate`` counts its arguments
+        return lambda input_ids, scores: inner(generation.whole(prompt, input_ids), scores)
+
+    criteria = inputs.pop("stopping_criteria", [])
+    for limit in (each for each in criteria if isinstance(each, MaxLengthCriteria)):
+        inputs["max_new_tokens"] = max(limit.max_length - prompt.shape[1], 1)
+    others = [criterion(each) for each in criteria if not isinstance(each, MaxLengthCriteria)]
+    inputs["stopping_criteria"] = StoppingCriteriaList(others)
+    if "logits_processor" in inputs:
+        inputs["logits_processor"] = LogitsProcessorList(map(processor, inputs["logits_processor"]))
+    if (allowed := inputs.get("prefix_allowed_tokens_fn")) is not None:
+        inputs["prefix_allowed_tokens_fn"] = lambda row, ids: allowed(
+            row, generation.whole(prompt[row : row + 1], ids[None])[0]
+        )
 
 
 def _count_new_tokens(model: PreTrainedModel, inputs: dict[str, Any], prompt: int) -> None:

@@ -33,12 +33,7 @@ class InsidePruning(Handle):
         if self.budget is None:
             totals = torch.bincount(sample, sizes, batch)
             return (totals.double() * cast(float, self.keep_ratio)).round().clamp(min=1).minimum(totals).long()
-        if bool((sizes < self.budget).any()):
-            raise ValueError(
-                f"budget {self.budget} is more than a picture's {int(sizes.min())} visual tokens; "
-                "allowed: 1 to as many as the smallest picture has, or use keep_ratio"
-            )
-        return torch.bincount(sample, minlength=batch) * self.budget
+        return torch.bincount(sample, sizes.clamp(max=self.budget), batch).long()
 
 
 @dataclass
@@ -73,8 +68,8 @@ def prune_inside(
     Args:
         model: of one of ``tprl.lvlm.families.FAMILIES``, with a language-modelling head.
         method: of ``tprl.selectors.IN_MODEL`` or ``ON_AVERAGE``. The pictures of a sample share their budget.
-        budget: visual tokens of a picture that reach the last layer, or with ``ON_AVERAGE`` that a layer sees, on
-            average over a sample's pictures.
+        budget: visual tokens of a picture that reach the last layer (all of one that has fewer), or with
+            ``ON_AVERAGE`` that a layer sees, on average over a sample's pictures.
         keep_ratio: share of a sample's visual tokens, in (0, 1], in the place of ``budget``.
 
     Returns:
@@ -152,6 +147,9 @@ def _continue(decoder: PreTrainedModel, cache: Cache, inputs: dict[str, Any], or
     dropped = cast("Dropping | None", cache.__dict__.get("_tprl_dropped"))
     if dropped is None:
         return original(**inputs)
+    given = inputs["inputs_embeds"] if "inputs_embeds" in inputs else inputs["input_ids"]
+    if len(given) != len(dropped.kept[-1]):
+        raise ValueError(f"the cache was filled by {len(dropped.kept[-1])} prompts and cannot go on with {len(given)}")
     with resumed(decoder, dropped):
         return original(**inputs)
 
@@ -182,15 +180,15 @@ def _generate(model: PreTrainedModel, pruning: InsidePruning, *args: Any, **kwar
     refuse_videos(inputs)
     if "pixel_values" in inputs:
         refuse(inputs)
-    pruning._generation = _Generation(inputs)
+    before, pruning._generation = pruning._generation, _Generation(inputs)
     try:
         return original(**inputs)
     finally:
-        pruning._generation = None
+        pruning._generation = before
 
 
 _REPLACEMENTS: dict[str, Callable[..., Any]] = {
-    "forward": _forward,
+    "forward": torch.compiler.disable(_forward),  # code compiled before the hooks were there would pass them by
     "_expand_inputs_for_generation": _expand,
     "generate": _generate,
 }

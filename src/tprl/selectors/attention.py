@@ -122,9 +122,10 @@ class PruMergePlus:
         closest, nearest = similarity.sort(dim=2, descending=True, stable=True)
         closest, nearest = closest[..., : self.neighbours], nearest[..., : self.neighbours]
         weights = attention[:, None].expand_as(similarity).gather(2, nearest).masked_fill(closest == -torch.inf, 0)
-        weights = torch.zeros_like(similarity).scatter(2, nearest, weights)
+        weights = torch.zeros_like(similarity, dtype=weights.dtype).scatter(2, nearest, weights)
         tokens = visual.tokens.float().masked_fill(~visual.mask[..., None], 0)
-        gain = torch.zeros_like(tokens).scatter(1, kept[..., None].expand(-1, -1, tokens.shape[-1]), weights @ tokens)
+        added = (weights @ tokens).float()  # autocast may have made it shorter
+        gain = torch.zeros_like(tokens).scatter(1, kept[..., None].expand_as(added), added)
         merged = (tokens + gain).to(visual.tokens.dtype)
         return Selection(keep, torch.where(keep[..., None], merged, visual.tokens))
 

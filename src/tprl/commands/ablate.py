@@ -51,12 +51,13 @@ def ablate(
         rows: comma-separated; an unknown name lists all. Differences are taken to the row "full".
         seeds: of the trainings, comma-separated.
         budgets: visual tokens to keep when a row is measured, comma-separated.
-        data: of ``tprl evaluate``; its splits "train" and "val" are trained on.
+        data: "scenes", "scenes-crowded", "scenes-tiles", "easy-vqa", or a .jsonl file; its splits "train" and "val" are
+            trained on.
         split: that is measured.
         n: number of questions measured.
         model: "pocket-llava", or a folder or Hub id of a model.
         preset: of ``tprl train``.
-        dtype: of the model: "auto", "float32" or "bfloat16".
+        dtype: of the model: "auto", "float32", "bfloat16" or "float16".
         device: "cpu" or "cuda"; each of several processes takes a GPU of its own.
         cache: folder where encoded pictures are kept between runs; $TPRL_CACHE or ~/.cache/tprl unless given.
         resume: go on with what the folder holds.

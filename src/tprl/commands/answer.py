@@ -42,7 +42,7 @@ def answer(
         steps: draw the way there too: all tokens, then a third, a ninth and a 27th of them.
         model: "pocket-llava", or a folder or Hub id of a model.
         pruner: folder of the pruner; the shipped one unless given.
-        dtype: of the model: "auto", "float32" or "bfloat16".
+        dtype: of the model: "auto", "float32", "bfloat16" or "float16".
         device: "cpu" or "cuda".
     """
     if not question.strip():

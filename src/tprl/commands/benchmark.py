@@ -43,7 +43,7 @@ def benchmark(
         threshold: keep probability of the row without budget; the pruner's calibrated one unless given.
         gallery: number of cases of each set to draw for the report; 0 for none.
         seed: of random methods and of the confidence intervals.
-        dtype: "auto", "float32" or "bfloat16".
+        dtype: "auto", "float32", "bfloat16" or "float16".
         device: "cpu" or "cuda"; each of several processes takes a GPU of its own.
         cache: folder where encoded pictures are kept between runs; $TPRL_CACHE or ~/.cache/tprl unless given.
         resume: go on with an interrupted run.

@@ -24,7 +24,7 @@ def demo(
         pruner: folder of the pruner; the shipped one where it fits the model, else peers alone, unless given.
         host: address to listen at; "0.0.0.0" lets other machines in.
         port: from 1 to 65535.
-        dtype: of the model: "auto", "float32" or "bfloat16".
+        dtype: of the model: "auto", "float32", "bfloat16" or "float16".
         device: "cpu" or "cuda".
     """
     if not 1 <= port <= 65535:

@@ -55,7 +55,7 @@ def evaluate(
         threshold_row: whether "tprl" gets a row without budget, where every question keeps as many as it needs.
         gallery: number of cases to draw for the report; 0 for none.
         seed: of random methods and of the confidence intervals.
-        dtype: "auto", "float32" or "bfloat16".
+        dtype: "auto", "float32", "bfloat16" or "float16".
         device: "cpu" or "cuda"; each of several processes takes a GPU of its own.
         cache: folder where encoded pictures are kept between runs; $TPRL_CACHE or ~/.cache/tprl unless given.
         images: picture folder of a .jsonl file; the file's own unless given.

@@ -35,14 +35,14 @@ def profile(
 
     Args:
         model: "pocket-llava", or a folder or Hub id of a model.
-        data: "scenes", "easy-vqa", or a .jsonl file; its split "train" is used.
+        data: "scenes", "scenes-crowded", "scenes-tiles", "easy-vqa", or a .jsonl file; its split "train" is used.
         images: picture folder of a .jsonl file; the file's own unless given.
         pruner: folder of the pruner; the shipped one unless given.
         samples: that are encoded and demonstrated.
         questions: in a round of PPO.
         rollouts: of every question.
         budget: visual tokens that the pruned answer keeps.
-        dtype: of the model: "auto", "float32" or "bfloat16".
+        dtype: of the model: "auto", "float32", "bfloat16" or "float16".
         device: "cpu" or "cuda".
         out: JSON file to write the seconds to.
     """

@@ -94,7 +94,7 @@ def train(
         init: folder of a pruner to start from.
         use_question: --no-use-question hides the question from the policy.
         use_autoencoder: --no-use-autoencoder lets the policy read the tokens themselves.
-        dtype: of the model: "auto", "float32" or "bfloat16".
+        dtype: of the model: "auto", "float32", "bfloat16" or "float16".
         device: "cpu" or "cuda"; each of several processes takes a GPU of its own.
         cache: folder where encoded pictures are kept between runs; $TPRL_CACHE or ~/.cache/tprl unless given.
         resume: go on with the run in the folder.

@@ -1,4 +1,4 @@
-"""The policy step by step, as it acts in training."""
+"""The policy in several looks, for as many steps as demonstrations have; PPO trains one look, and draws at random."""
 
 from dataclasses import dataclass
 

@@ -118,6 +118,7 @@ ABLATED += [ablated("no-question", budget, -7.25) for budget in (16, None)]
 def write_ablated(folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     results = {"model": "m", "data": "scenes-tiles", "split": "test", "n": 10, "machine": MACHINE, "commits": ["abc"]}
+    results["settings"] = {"samples": 4321, "imitate": {"demonstrations": 1234}, "ppo": {"epochs": 21}}
     (folder / "ablation.json").write_text(json.dumps({**results, "rows": ABLATED}))
 
 
@@ -125,13 +126,15 @@ def test_an_ablation_is_a_section_or_a_page_of_its_own(tmp_path: Path) -> None:
     write(tmp_path)
     write_ablated(tmp_path / "ablation")
     write_ablated(tmp_path / "alone")
-    for folder, sections in ((tmp_path, 2), (tmp_path / "alone", 1)):
+    for folder, sections in ((tmp_path, 3), (tmp_path / "alone", 1)):
         report(folder)
         page = (folder / "report.html").read_text()
         tags = Tags(page)
         assert tags.open == []
+        assert len(set(tags.ids)) == len(tags.ids)
         assert page.count("<section>") == sections
-        assert "What each part is worth" in page
+        assert ("What each part is worth: alone" in page) == (sections == 3)
+        assert "4,321 training samples, 1,234 of them demonstrated, 21 rounds of PPO" in page
         assert "-7.2 (-9.2 to -6.2)" in page
         assert "± 1.1" in page
         assert "no-question" in page

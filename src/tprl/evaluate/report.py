@@ -35,7 +35,7 @@ def write_report(folder: Path, run: Path | None, out: Path) -> None:
 
     Args:
         folder: of ``tprl evaluate``, of ``tprl benchmark``, which holds a folder for each set of questions, or of
-            ``tprl ablate``, which may also be the folder ``ablation`` in it.
+            ``tprl ablate``, which may also stand in it.
         run: of a training, for its curves; None looks for ``metrics.jsonl`` in ``folder``.
         out: the page.
 
@@ -44,8 +44,10 @@ def write_report(folder: Path, run: Path | None, out: Path) -> None:
         ValueError: a file is not what these commands write.
     """
     places = [folder] if (folder / RESULTS).is_file() else sorted(path.parent for path in folder.glob(f"*/{RESULTS}"))
-    ablations = [path for path in (folder / ABLATION, folder / "ablation" / ABLATION) if path.is_file()]
-    if not places and not ablations:
+    ablated = (
+        [folder] if (folder / ABLATION).is_file() else sorted(path.parent for path in folder.glob(f"*/{ABLATION}"))
+    )
+    if not places and not ablated:
         raise FileNotFoundError(
             f"there is no {RESULTS} in {folder} or in a folder in it, nor {ABLATION}; `tprl evaluate` writes the one, "
             "`tprl ablate` the other"
@@ -61,15 +63,15 @@ def write_report(folder: Path, run: Path | None, out: Path) -> None:
         lstrip_blocks=True,
     )
     sections = sorted((_section(place) for place in places), key=lambda section: _is_transfer(section["results"]))
-    ablation = _ablation(ablations[0]) if ablations else None
-    told = [section["results"] for section in sections] + ([ablation["results"]] if ablation else [])
+    ablations = [_ablation(place) for place in ablated]
+    told = [part["results"] for part in [*sections, *ablations]]
     page = environment.get_template("report.html.j2").render(
         model=told[0]["model"],
         told=told,
         openmoji=any(results["data"].startswith("scenes") for results in told),
         sections=sections,
         transfers=transfers([section["results"] for section in sections]),
-        ablation=ablation,
+        ablations=ablations,
         training=_svg(draw_training(_metrics(metrics)), METRICS) if metrics.is_file() else None,
         colours=COLOURS,
         kinds=KINDS,
@@ -227,9 +229,9 @@ def _section(place: Path) -> dict[str, Any]:
     }
 
 
-def _ablation(path: Path) -> dict[str, Any]:
+def _ablation(place: Path) -> dict[str, Any]:
     """What the template wants to know of an ablation."""
-    results = _json(path, "rows")
+    results = _json(place / ABLATION, "rows")
     rows: list[Row] = results["rows"]
     lines = [
         {"name": name, **own[0], "cells": {row["budget"]: row for row in own}}
@@ -237,10 +239,11 @@ def _ablation(path: Path) -> dict[str, Any]:
     ]
     told = any(row["difference_points"] is not None and row["budget"] is not None for row in rows)
     return {
+        "name": place.name,
         "results": results,
         "budgets": list(dict.fromkeys(row["budget"] for row in rows)),
         "groups": [(group, list(part)) for group, part in groupby(lines, key=lambda line: line["group"])],
-        "chart": _svg(draw_ablation(rows), path.name) if told else None,
+        "chart": _svg(draw_ablation(rows), f"ablation-{place.name}") if told else None,
     }
 
 

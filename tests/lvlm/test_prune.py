@@ -343,6 +343,18 @@ class Nothing(Norms):
         return Selection(torch.zeros_like(visual.mask))
 
 
+def test_labels_that_are_shifted_already_are_those_of_the_kept_columns(tiny: Tiny) -> None:
+    inputs = tiny.batch([2, "I", 4])
+    shifted = torch.nn.functional.pad(inputs["input_ids"][:, 1:], (0, 1), value=-100)
+    with prune(tiny.model, Norms(), keep_ratio=0.4) as pruning:
+        output = tiny.model(**inputs, labels=shifted, shift_labels=shifted)
+        assert pruning.cut is not None
+        kept = shifted[0, pruning.cut.source[0]]
+    assert len(kept) < shifted.shape[1]
+    expected = torch.nn.functional.cross_entropy(output.logits[0], kept, ignore_index=-100)
+    assert abs(output.loss - expected) < 1e-5
+
+
 def test_a_threshold_may_drop_everything(tiny: Tiny) -> None:
     inputs = tiny.batch(*BATCH)
     with prune(tiny.model, Nothing(), threshold=0.5) as pruning:

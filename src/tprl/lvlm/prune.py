@@ -14,14 +14,16 @@ from typing import Any, Protocol, cast
 import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
-from transformers import Cache, LogitsProcessorList, MaxLengthCriteria, PreTrainedModel, StoppingCriteriaList
+from transformers import Cache, PreTrainedModel
 from transformers.utils.generic import ModelOutput
 
 from tprl.lvlm.cut import Choice, Cut, Positions, contained, cut_features, cut_of, shortened
 from tprl.lvlm.families import family_of
 from tprl.lvlm.handle import Handle, check_amount, kept_of, named, refuse, refuse_videos, samples_of
 from tprl.lvlm.model import ImageFeatures, collate, encode, split_pictures
+from tprl.lvlm.past import Past, past_of, remember
 from tprl.lvlm.signals import recorded_tower
+from tprl.lvlm.whole import count_new_tokens, show_whole, with_prompt
 from tprl.types import Selection, VisualTokens
 
 
@@ -117,14 +119,6 @@ def prune(
     return pruning
 
 
-@dataclass(frozen=True)
-class _Past:
-    """What stands in a cache: the cut of its prompt, and the position ids ``(..., B, 1)`` of the token behind it."""
-
-    cut: Cut
-    next_position: Tensor
-
-
 @dataclass
 class _Generation:
     """A call of ``generate`` on its way: its inputs, what the tower recorded and what its cache holds; then the cut,
@@ -132,28 +126,21 @@ class _Generation:
 
     inputs: Mapping[str, Any]
     patches: Mapping[str, Tensor]
-    past: _Past | None
+    past: Past | None
     cut: Cut | None = None
     position_ids: Tensor | None = None
-
-    def whole(self, prompt: Tensor, ids: Tensor) -> Tensor:
-        """Sequences ``ids (B * G, L' + T)`` that begin with the short prompt, with ``prompt (B, L)`` in its place."""
-        if self.cut is None:
-            return ids
-        repeated = prompt.to(ids.device).repeat_interleave(len(ids) // len(prompt), 0)
-        return torch.cat([repeated, ids[:, self.cut.index.shape[1] :]], 1)
 
 
 def _forward(model: PreTrainedModel, pruning: Pruning, *args: Any, **kwargs: Any) -> Any:
     original = pruning.original("forward")
     inputs = named(original, args, kwargs)
-    past = _past_of(inputs)
+    past = past_of(inputs)
     refuse_videos(inputs)
     if "pixel_values" not in inputs:
         if pruning._generation is None and inputs.get("mm_encoder_outputs"):
             raise ValueError("a pruned model wants pixel_values, not pictures that are encoded already")
         if past is not None and (pruning._generation is None or "position_ids" not in inputs):
-            return original(**_resumed(past, inputs))
+            return original(**past.resumed(inputs))
         return original(*args, **kwargs)
     refuse(inputs)
     pictures, output = encode(model, inputs, pruning.selector.needs)
@@ -176,7 +163,7 @@ def _forward(model: PreTrainedModel, pruning: Pruning, *args: Any, **kwargs: Any
     caches = result.values() if isinstance(result, ModelOutput) else result
     for cache in caches:
         if isinstance(cache, Cache):
-            _remember(cache, cut, short["position_ids"])
+            remember(cache, cut, short["position_ids"])
     return result
 
 
@@ -223,7 +210,7 @@ def _generate(model: PreTrainedModel, pruning: Pruning, *args: Any, **kwargs: An
     inputs = named(original, args, kwargs)
     if inputs.get("mm_encoder_outputs"):
         raise ValueError("a pruned model wants pixel_values, not pictures that are encoded already")
-    pictures, past = "pixel_values" in inputs, _past_of(inputs)
+    pictures, past = "pixel_values" in inputs, past_of(inputs)
     refuse_videos(inputs)
     if not pictures and past is None:
         return original(*args, **kwargs)
@@ -234,12 +221,12 @@ def _generate(model: PreTrainedModel, pruning: Pruning, *args: Any, **kwargs: An
         refuse(inputs)
     if prompt is None:
         raise ValueError("a pruned model needs input_ids, to know which tokens are visual")
-    whole = past is None or _is_whole(prompt, inputs.get("attention_mask"), past.cut)
+    whole = past is None or past.begins(prompt, inputs.get("attention_mask"))
     with recorded_tower(model, pruning.selector.needs if pictures else frozenset()) as patches:
         generation = _Generation(inputs, patches, past)
         if whole:
-            _show_whole(inputs, generation, prompt)
-            _count_new_tokens(model, inputs, prompt.shape[1])
+            show_whole(inputs, prompt, lambda: generation.cut)
+            count_new_tokens(model, inputs, prompt.shape[1])
         before, pruning._generation = pruning._generation, generation
         try:
             result = original(**inputs)
@@ -251,13 +238,13 @@ def _generate(model: PreTrainedModel, pruning: Pruning, *args: Any, **kwargs: An
     returned = isinstance(result, ModelOutput)
     cache = result.get("past_key_values") if returned else inputs.get("past_key_values")
     if whole:
-        sequences = generation.whole(prompt, result["sequences"] if returned else result)
+        sequences = with_prompt(prompt, result["sequences"] if returned else result, cut)
         if returned:
             result["sequences"] = sequences
         else:
             result = sequences
     if cache is not None:
-        _remember(cache, cut, positions + family_of(model).first_position if positions.ndim == 2 else positions)
+        remember(cache, cut, positions + family_of(model).first_position if positions.ndim == 2 else positions)
     return result
 
 
@@ -299,80 +286,3 @@ def _no_question(model: PreTrainedModel, pruning: Pruning) -> list[int]:
     """Ids that are no part of a question."""
     video = [model.config.video_token_id] if hasattr(model.config, "video_token_id") else []
     return sorted(pruning.template_ids) + video
-
-
-def _remember(cache: Cache, cut: Cut, position_ids: Tensor) -> None:
-    """Note in a cache what a continuation has to know."""
-    last = torch.where(cut.mask, torch.arange(cut.mask.shape[1], device=cut.mask.device), -1).amax(1)
-    index = last[:, None].expand(*position_ids.shape[:-1], 1)
-    cache._tprl_past = _Past(cut, position_ids.gather(-1, index) + 1)  # type: ignore[attr-defined]
-
-
-def _past_of(inputs: Mapping[str, Any]) -> _Past | None:
-    """What was noted in the cache that a call continues, for as many rows as the call has."""
-    cache = inputs.get("past_key_values")
-    if cache is None or int(cache.get_seq_length()) == 0:
-        return None
-    past = cast("_Past | None", cache.__dict__.get("_tprl_past"))
-    given = next((inputs[name] for name in ("input_ids", "inputs", "inputs_embeds") if name in inputs), None)
-    if past is None or given is None or len(given) == (rows := len(past.cut.index)):
-        return past
-    times, rest = divmod(len(given), rows)
-    if rest:
-        raise ValueError(f"the cache was filled by {rows} prompts and cannot go on with {len(given)}")
-    return _Past(past.cut.repeated(times), past.next_position.repeat_interleave(times, -2))
-
-
-def _resumed(past: _Past, inputs: dict[str, Any]) -> dict[str, Any]:
-    """The inputs of a direct ``forward`` on a cache, with the positions and the mask of the short prompt."""
-    tokens = inputs["inputs_embeds"] if "inputs_embeds" in inputs else inputs["input_ids"]
-    before, new = int(inputs["past_key_values"].get_seq_length()), tokens.shape[1]
-    behind = before - past.cut.index.shape[1] + torch.arange(new, device=tokens.device)
-    cut = past.cut.extended(past.cut.length + before - past.cut.index.shape[1] + new)
-    mask = inputs.get("attention_mask")
-    if mask is None:
-        mask = cut.mask.long()
-    elif mask.shape[1] == cut.length:
-        mask = (mask.bool().gather(1, cut.index) & cut.mask).to(mask.dtype)
-    return {"position_ids": past.next_position + behind, **inputs, "attention_mask": mask}
-
-
-def _is_whole(prompt: Tensor, mask: Tensor | None, cut: Cut) -> bool:
-    """Whether ``prompt`` begins with what a cache holds, rather than being its continuation alone: then a mask is of
-    its length, too."""
-    return prompt.shape[1] >= cut.length and (mask is None or mask.shape[1] == prompt.shape[1])
-
-
-def _show_whole(inputs: dict[str, Any], generation: _Generation, prompt: Tensor) -> None:
-    """Let the caller's own criteria and processors see whole sequences, whatever the model works on."""
-
-    def criterion(inner: Callable[..., Any]) -> Callable[..., Any]:
-        return lambda input_ids, scores, **kwargs: inner(generation.whole(prompt, input_ids), scores, **kwargs)
-
-    def processor(inner: Callable[..., Any]) -> Callable[..., Any]:  # ``generate`` counts its arguments
-        return lambda input_ids, scores: inner(generation.whole(prompt, input_ids), scores)
-
-    criteria = inputs.pop("stopping_criteria", [])
-    for limit in (each for each in criteria if isinstance(each, MaxLengthCriteria)):
-        inputs["max_new_tokens"] = max(limit.max_length - prompt.shape[1], 1)
-    others = [criterion(each) for each in criteria if not isinstance(each, MaxLengthCriteria)]
-    inputs["stopping_criteria"] = StoppingCriteriaList(others)
-    if "logits_processor" in inputs:
-        inputs["logits_processor"] = LogitsProcessorList(map(processor, inputs["logits_processor"]))
-    if (allowed := inputs.get("prefix_allowed_tokens_fn")) is not None:
-        inputs["prefix_allowed_tokens_fn"] = lambda row, ids: allowed(
-            row, generation.whole(prompt[row : row + 1], ids[None])[0]
-        )
-
-
-def _count_new_tokens(model: PreTrainedModel, inputs: dict[str, Any], prompt: int) -> None:
-    """Turn lengths that count the whole prompt into numbers of new tokens, which a shorter prompt does not change."""
-    own = inputs.get("generation_config", model.generation_config).to_dict()
-    config = model.generation_config.to_dict() | {name: value for name, value in own.items() if value is not None}
-    for new, whole in (("max_new_tokens", "max_length"), ("min_new_tokens", "min_length")):
-        given = {**config, **inputs}
-        if given.get(new) is None and given.get(whole):
-            inputs.pop(whole, None)
-            inputs[new] = max(given[whole] - prompt, 0)
-            if new == "max_new_tokens" and inputs[new] == 0:
-                raise ValueError(f"max_length {given[whole]} leaves no room behind a prompt of {prompt} tokens")

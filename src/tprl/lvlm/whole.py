@@ -1,0 +1,59 @@
+"""What callers of ``generate`` count by the whole prompt, while the model works on a shorter one."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import LogitsProcessorList, MaxLengthCriteria, PreTrainedModel, StoppingCriteriaList
+
+from tprl.lvlm.cut import Cut
+
+
+def with_prompt(prompt: Tensor, ids: Tensor, cut: Cut | None) -> Tensor:
+    """Sequences ``ids (B * G, L' + T)`` that begin with the short prompt, with ``prompt (B, L)`` in its place."""
+    if cut is None:
+        return ids
+    repeated = prompt.to(ids.device).repeat_interleave(len(ids) // len(prompt), 0)
+    return torch.cat([repeated, ids[:, cut.index.shape[1] :]], 1)
+
+
+def show_whole(inputs: dict[str, Any], prompt: Tensor, cut: Callable[[], Cut | None]) -> None:
+    """Let the caller's own criteria and processors see whole sequences.
+
+    Args:
+        inputs: of ``generate``, changed in place.
+        prompt: ``(B, L)``.
+        cut: gives how it was shortened, once that is known.
+    """
+
+    def criterion(inner: Callable[..., Any]) -> Callable[..., Any]:
+        return lambda input_ids, scores, **kwargs: inner(with_prompt(prompt, input_ids, cut()), scores, **kwargs)
+
+    def processor(inner: Callable[..., Any]) -> Callable[..., Any]:  # ``generate`` counts its arguments
+        return lambda input_ids, scores: inner(with_prompt(prompt, input_ids, cut()), scores)
+
+    criteria = inputs.pop("stopping_criteria", [])
+    for limit in (each for each in criteria if isinstance(each, MaxLengthCriteria)):
+        inputs["max_new_tokens"] = max(limit.max_length - prompt.shape[1], 1)
+    others = [criterion(each) for each in criteria if not isinstance(each, MaxLengthCriteria)]
+    inputs["stopping_criteria"] = StoppingCriteriaList(others)
+    if "logits_processor" in inputs:
+        inputs["logits_processor"] = LogitsProcessorList(map(processor, inputs["logits_processor"]))
+    if (allowed := inputs.get("prefix_allowed_tokens_fn")) is not None:
+        inputs["prefix_allowed_tokens_fn"] = lambda row, ids: allowed(
+            row, with_prompt(prompt[row : row + 1], ids[None], cut())[0]
+        )
+
+
+def count_new_tokens(model: PreTrainedModel, inputs: dict[str, Any], prompt: int) -> None:
+    """Turn lengths that count the whole prompt into numbers of new tokens, which a shorter prompt does not change."""
+    own = inputs.get("generation_config", model.generation_config).to_dict()
+    config = model.generation_config.to_dict() | {name: value for name, value in own.items() if value is not None}
+    for new, whole in (("max_new_tokens", "max_length"), ("min_new_tokens", "min_length")):
+        given = {**config, **inputs}
+        if given.get(new) is None and given.get(whole):
+            inputs.pop(whole, None)
+            inputs[new] = max(given[whole] - prompt, 0)
+            if new == "max_new_tokens" and inputs[new] == 0:
+                raise ValueError(f"max_length {given[whole]} leaves no room behind a prompt of {prompt} tokens")

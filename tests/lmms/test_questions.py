@@ -1,4 +1,4 @@
-"""Questions as lmms-eval hands them to the task, without lmms-eval."""
+"""Questions as lmms-eval hands them to the task; needs no lmms-eval."""
 
 from pathlib import Path
 

@@ -21,6 +21,8 @@ class PrunerConfig:
         threshold: keep probability above which a token stays when neither budget nor threshold is given.
         use_question: False hides the question from the policy (an ablation).
         use_autoencoder: False lets the policy read the tokens themselves (an ablation).
+        novelty: weight in a token's logit of what it shows that no likelier token shows, see ``tprl.novelty``; 0 leaves
+            twins their places (an ablation).
     """
 
     width: int
@@ -33,13 +35,15 @@ class PrunerConfig:
     threshold: float = 0.5
     use_question: bool = True
     use_autoencoder: bool = True
+    novelty: float = 2.0
 
     @classmethod
     def paper(cls, width: int, fingerprint: str) -> "PrunerConfig":
-        """The sizes of TPRL, arXiv 2603.13394."""
+        """The pruner of TPRL, arXiv 2603.13394."""
         return cls(
-            width, fingerprint, latent=256, autoencoder_hidden=512, policy_hidden=256, policy_layers=2, policy_heads=8
-        )
+            width, fingerprint, latent=256, autoencoder_hidden=512, policy_hidden=256, policy_layers=2, policy_heads=8,
+            novelty=0.0,
+        )  # fmt: skip
 
 
 def _at_least(least: int, settings: object, names: Sequence[str]) -> None:

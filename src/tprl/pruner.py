@@ -15,6 +15,7 @@ from tprl.checkpoint import DamagedCheckpoint, save_tensors, save_text
 from tprl.clock import phase
 from tprl.config import PrunerConfig
 from tprl.match import MATCHES, question_match
+from tprl.novelty import novelty
 from tprl.policy import Policy, PolicyOutput
 from tprl.selectors.base import check
 from tprl.types import Selection, VisualTokens
@@ -117,9 +118,11 @@ class TokenPruner(nn.Module):
 
     @torch.no_grad()
     def _logits(self, visual: VisualTokens) -> Tensor:
-        """Of keeping each token in one look, ``(B, N)``, minus infinity at padding. Tokens are ranked by these, since
-        probabilities round to 1."""
-        logits = self.look(self.encode(visual), visual, visual.mask).logits
+        """Of keeping each token in one look, ``(B, N)``, minus infinity at padding: the policy's, lowered for what a
+        likelier token shows already. Tokens are ranked by these, since probabilities round to 1."""
+        latents = self.encode(visual)
+        logits = self.look(latents, visual, visual.mask).logits
+        logits = logits + self.config.novelty * novelty(logits, latents[..., :-MATCHES], visual.mask)
         return logits.masked_fill(~visual.mask, -torch.inf)
 
     def _check(self, visual: VisualTokens) -> None:

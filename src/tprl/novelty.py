@@ -1,0 +1,31 @@
+"""What a visual token shows that no likelier one shows, so that twins do not take each other's places in a budget.
+
+Neighbouring patches of one thing are needed or not together: ranked each by itself, they come in bunches, and the first
+of a bunch often shows all that the others do. Ours, not the paper's.
+"""
+
+import torch
+from torch import Tensor
+
+from tprl.clock import phase
+from tprl.selectors.base import cosine
+
+
+@phase("policy: novelty")
+def novelty(logits: Tensor, latents: Tensor, mask: Tensor) -> Tensor:
+    """``log(1 - max_j cos(z_i, z_j)^2)`` over the tokens ``j`` of higher logit, float32 ``(B, N)``: 0 for the likeliest
+    and for what is like none before it, at least ``log(_LEAST)``; 0 at padding. Of equal logits the first counts as the
+    higher. A cosine below 0 counts as 0.
+
+    Args:
+        logits: ``(B, N)`` of keeping each token.
+        latents: ``(B, N, L)``.
+        mask: bool ``(B, N)``, True where a token is real.
+    """
+    rank = logits.masked_fill(~mask, -torch.inf).argsort(dim=1, descending=True, stable=True).argsort(1)
+    likelier = rank[:, None] < rank[:, :, None]
+    nearest = cosine(latents, mask).clamp(min=0).masked_fill(~likelier, 0).amax(2)
+    return (1 - nearest.square()).clamp(min=_LEAST).log()
+
+
+_LEAST = 1e-5

@@ -83,6 +83,19 @@ class TokenPruner(nn.Module):
         logits = output.logits.new_zeros(state.shape).scatter(1, order, output.logits * held)
         return PolicyOutput(logits, output.state_value)
 
+    def chosen_by(self, latents: Tensor, visual: VisualTokens, state: Tensor) -> Tensor:
+        """What tokens of a state are chosen by, ``(B, N)``: the policy's logits, lowered for what a likelier token shows
+        already, see ``tprl.novelty``; minus infinity where the state holds none.
+
+        Args:
+            latents: ``(B, N, L + MATCHES)`` from ``encode``.
+            visual: ``B`` pictures and their questions.
+            state: bool ``(B, N)``, the tokens still held.
+        """
+        logits = self.look(latents, visual, state).logits
+        logits = logits + self.config.novelty * novelty(logits, latents[..., :-MATCHES], state)
+        return logits.masked_fill(~state, -torch.inf)
+
     def keep_probs(self, visual: VisualTokens) -> Tensor:
         """Probability that the question needs each token, float32 ``(B, N)``, 0 at padding."""
         return self._logits(visual).sigmoid()
@@ -118,12 +131,8 @@ class TokenPruner(nn.Module):
 
     @torch.no_grad()
     def _logits(self, visual: VisualTokens) -> Tensor:
-        """Of keeping each token in one look, ``(B, N)``, minus infinity at padding: the policy's, lowered for what a
-        likelier token shows already. Tokens are ranked by these, since probabilities round to 1."""
-        latents = self.encode(visual)
-        logits = self.look(latents, visual, visual.mask).logits
-        logits = logits + self.config.novelty * novelty(logits, latents[..., :-MATCHES], visual.mask)
-        return logits.masked_fill(~visual.mask, -torch.inf)
+        """``chosen_by`` in one look. Tokens are ranked by these, since probabilities round to 1."""
+        return self.chosen_by(self.encode(visual), visual, visual.mask)
 
     def _check(self, visual: VisualTokens) -> None:
         if visual.tokens.shape[-1] != self.config.width:

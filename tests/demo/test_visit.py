@@ -90,7 +90,7 @@ def test_steps_hold_ever_fewer_of_what_the_one_before_held(visit: Visit, pruner:
             visual.tokens[:, before], visual.mask[:, before], visual.coords[:, before], visual.query, visual.query_mask
         )
         # The policy shown nothing but what is held; how a token matches the question is told within its whole picture.
-        logits = pruner.look(latents[:, before], held, held.mask).logits[0]
+        logits = pruner.chosen_by(latents[:, before], held, held.mask)[0]
         chosen = logits.topk(int(after.sum())).indices
         assert sorted(before.nonzero()[chosen, 0].tolist()) == after.nonzero()[:, 0].tolist()
 

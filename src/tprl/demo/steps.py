@@ -36,5 +36,5 @@ class Stepwise:
         total = state.sum(1)
         for step in range(1, self.stop + 1):
             count = (total * (budget / total) ** (step / self.steps)).round().long()
-            state = top(self.pruner.look(latents, visual, state).logits, state, count)
+            state = top(self.pruner.chosen_by(latents, visual, state), state, count)
         return Selection(state)

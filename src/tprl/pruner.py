@@ -84,8 +84,8 @@ class TokenPruner(nn.Module):
         return PolicyOutput(logits, output.state_value)
 
     def chosen_by(self, latents: Tensor, visual: VisualTokens, state: Tensor) -> Tensor:
-        """What tokens of a state are chosen by, ``(B, N)``: the policy's logits, lowered for what a likelier token shows
-        already, see ``tprl.novelty``; minus infinity where the state holds none.
+        """What tokens of a state are chosen by, ``(B, N)``: the policy's logits, lowered for what a likelier token
+        shows already, see ``tprl.novelty``; minus infinity where the state holds none.
 
         Args:
             latents: ``(B, N, L + MATCHES)`` from ``encode``.

@@ -12,7 +12,7 @@ from tprl.lvlm.cache import EncodedSamples
 from tprl.progress import track
 from tprl.pruner import TokenPruner
 
-THRESHOLDS = tuple(torch.linspace(4, -6, 64, dtype=torch.float64).sigmoid().tolist())
+THRESHOLDS = tuple(torch.linspace(4, -16, 128, dtype=torch.float64).sigmoid().tolist())
 """Falling, even in logits; a power of two of them, so that every bisection takes as many looks."""
 BATCH, PICTURES = 64, 8
 

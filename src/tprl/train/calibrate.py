@@ -89,7 +89,7 @@ def calibrate(pruner: TokenPruner, data: EncodedSamples, unpruned: Tensor, max_d
     result = tried.get(low_enough) or one_shot(pruner, data, unpruned, threshold=threshold)
     if result.drop_points > max_drop:
         warnings.warn(
-            f"no threshold was found that costs at most {max_drop:g} points: {threshold:.4f}, the lowest one, costs "
+            f"no threshold was found that costs at most {max_drop:g} points: {threshold:.2g}, the lowest one, costs "
             f"{result.drop_points:.2f} on the {len(unpruned)} validation questions, and is set",
             stacklevel=2,
         )

@@ -1,11 +1,14 @@
 """The page itself: gradio's components, and what happens when one is touched."""
 
+import math
 import os
 from collections.abc import Callable
 from functools import partial, wraps
 from html import escape
 from pathlib import Path
 from typing import Any
+
+import torch
 
 import tprl
 from tprl.data import load_source
@@ -28,6 +31,8 @@ VISITS = 100
 BUDGET = 64
 PEER = "divprune"
 MODES = ["budget", "threshold", "steps"]
+LOG_ODDS = -30, 5
+"""Where the slider of the threshold ends; probabilities of use lie too near 0 for a slider."""
 SUGGESTIONS = 6
 """Questions offered about a picture."""
 
@@ -61,9 +66,10 @@ def build(lvlm: Lvlm, pruner: TokenPruner | None, title: str) -> gr.Blocks:
     def take(path: str, held: int) -> tuple[Any, ...]:
         return *begin(read_upload(Path(path)), held), gr.Dataset(visible=False)
 
-    def show(visit: Visit | None, question: str, mode: Any, budget: int, threshold: float, step: int, peer: str) -> str:
+    def show(visit: Visit | None, question: str, mode: Any, budget: int, log_odds: float, step: int, peer: str) -> str:
         if visit is None:
             raise ValueError("There is no picture yet; pick or upload one.")
+        threshold = 1 / (1 + math.exp(-log_odds))
         return render(visit, visit.compare(question, Amount(mode, int(budget), threshold, int(step)), peer))
 
     def sliders(mode: str) -> tuple[Any, ...]:
@@ -91,7 +97,7 @@ def build(lvlm: Lvlm, pruner: TokenPruner | None, title: str) -> gr.Blocks:
             mode = gr.Radio(MODES, value="budget", label="Keep by", visible=pruner is not None, elem_id="mode")
             budget = gr.Slider(1, BUDGET, BUDGET, step=1, label="Tokens kept", buttons=[], elem_id="budget")
             threshold = gr.Slider(
-                0, 1, pruner.config.threshold if pruner else 0, step=0.01, label="Keep probability above",
+                *LOG_ODDS, _log_odds(pruner.config.threshold) if pruner else 0, step=0.5, label="Keep log-odds above",
                 visible=False, buttons=[], elem_id="threshold",
             )  # fmt: skip
             step = gr.Slider(0, STEPS, STEPS, step=1, label="Step", visible=False, buttons=[], elem_id="step")
@@ -143,3 +149,9 @@ def _telling(function: Callable[..., Any]) -> Callable[..., Any]:
             raise gr.Error(escape(str(error)), title="This does not work", print_exception=False) from error
 
     return told
+
+
+def _log_odds(probability: float) -> int:
+    """The nearest whole number on the slider."""
+    low, high = LOG_ODDS
+    return min(max(round(torch.tensor(probability, dtype=torch.float64).logit(eps=1e-15).item()), low), high)

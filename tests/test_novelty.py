@@ -1,12 +1,12 @@
 """Novelty against a plain loop over one row, and a small case by hand."""
 
 import math
-from dataclasses import replace
 
 import pytest
 import torch
 from torch import Tensor
 
+import tprl.novelty
 from ragged import alone, visual_tokens
 from test_pruner import COUNTS, batch, make_pruner
 from tprl.novelty import novelty
@@ -26,8 +26,9 @@ def slow(logits: Tensor, latents: Tensor) -> list[float]:
     return left
 
 
-@pytest.mark.parametrize("seed", [0, 1])
-def test_novelty_slowly(seed: int) -> None:
+@pytest.mark.parametrize(("seed", "rows"), [(0, 1024), (1, 5)])
+def test_novelty_slowly(seed: int, rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tprl.novelty, "ROWS", rows)
     visual = visual_tokens(COUNTS, [1, 1, 1, 1], 3, seed)
     logits = torch.randn(visual.mask.shape, generator=torch.Generator().manual_seed(seed)).round(decimals=1)
     found = novelty(logits, visual.tokens, visual.mask)
@@ -74,5 +75,5 @@ def test_probabilities_hold_it() -> None:
         latents = single.encode(visual)[..., : single.config.latent]
     expected = (logits + 2 * novelty(logits, latents, visual.mask)).sigmoid() * visual.mask
     torch.testing.assert_close(pruner.keep_probs(visual), expected)
-    row = alone(replace(visual), 0)
+    row = alone(visual, 0)
     torch.testing.assert_close(pruner.keep_probs(row)[0], expected[0, : COUNTS[0]])

@@ -8,24 +8,27 @@ import torch
 from torch import Tensor
 
 from tprl.clock import phase
-from tprl.selectors.base import cosine
+from tprl.selectors.base import units
+
+ROWS = 1024
+"""Tokens that are compared with all at once: bounds the memory that pictures of many tokens take."""
 
 
 @phase("policy: novelty")
 def novelty(logits: Tensor, latents: Tensor, mask: Tensor) -> Tensor:
     """``log(1 - max_j cos(z_i, z_j)^2)`` over the tokens ``j`` of higher logit, float32 ``(B, N)``: 0 for the likeliest
-    and for what is like none before it, at least ``log(_LEAST)``; 0 at padding. Of equal logits the first counts as the
-    higher. A cosine below 0 counts as 0.
+    and for what is like none before it, at least ``log(1e-5)``; 0 at padding. Of equal logits the first counts as the
+    higher, and a cosine below 0 as 0.
 
     Args:
         logits: ``(B, N)`` of keeping each token.
         latents: ``(B, N, L)``.
         mask: bool ``(B, N)``, True where a token is real.
     """
+    unit = units(latents, mask)
     rank = logits.masked_fill(~mask, -torch.inf).argsort(dim=1, descending=True, stable=True).argsort(1)
-    likelier = rank[:, None] < rank[:, :, None]
-    nearest = cosine(latents, mask).clamp(min=0).masked_fill(~likelier, 0).amax(2)
-    return (1 - nearest.square()).clamp(min=_LEAST).log()
-
-
-_LEAST = 1e-5
+    nearest = [
+        (some @ unit.mT).masked_fill(own[:, :, None] <= rank[:, None], 0).amax(2)
+        for some, own in zip(unit.split(ROWS, 1), rank.split(ROWS, 1), strict=True)
+    ]
+    return (1 - torch.cat(nearest, 1).square()).clamp(min=1e-5).log()

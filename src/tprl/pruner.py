@@ -93,7 +93,8 @@ class TokenPruner(nn.Module):
             state: bool ``(B, N)``, the tokens still held.
         """
         logits = self.look(latents, visual, state).logits
-        logits = logits + self.config.novelty * novelty(logits, latents[..., :-MATCHES], state)
+        if self.config.novelty:
+            logits = logits + self.config.novelty * novelty(logits, latents[..., :-MATCHES], state)
         return logits.masked_fill(~state, -torch.inf)
 
     def keep_probs(self, visual: VisualTokens) -> Tensor:

@@ -98,7 +98,7 @@ class TokenPruner(nn.Module):
         return logits.masked_fill(~state, -torch.inf)
 
     def keep_probs(self, visual: VisualTokens) -> Tensor:
-        """Probability that the question needs each token, float32 ``(B, N)``, 0 at padding."""
+        """Probability of keeping each token in one look, float32 ``(B, N)``, 0 at padding: of ``chosen_by``."""
         return self._logits(visual).sigmoid()
 
     def select(self, visual: VisualTokens, budget: Tensor) -> Selection:

@@ -47,7 +47,7 @@ def test_novelty_by_hand() -> None:
 
 
 def test_twins_do_not_take_each_others_places() -> None:
-    """Two tokens that the policy likes as much as it can: with novelty the second place is that of another token."""
+    """The likeliest token and a copy of it, which is as likely: with novelty one of the two places goes to another."""
     visual = batch()
     pruner, single = make_pruner(novelty=20.0), make_pruner(novelty=0.0)
     best = single.select(visual, torch.ones(4, dtype=torch.int64)).keep_mask

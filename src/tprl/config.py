@@ -22,7 +22,7 @@ class PrunerConfig:
         use_question: False hides the question from the policy (an ablation).
         use_autoencoder: False lets the policy read the tokens themselves (an ablation).
         novelty: weight in a token's logit of what it shows that no likelier token shows, see ``tprl.novelty``; 0 leaves
-            twins their places (an ablation).
+            twins their places.
     """
 
     width: int

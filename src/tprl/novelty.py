@@ -1,14 +1,14 @@
 """What a visual token shows that no likelier one shows, so that twins do not take each other's places in a budget.
 
-Neighbouring patches of one thing are needed or not together: ranked each by itself, they come in bunches, and the first
-of a bunch often shows all that the others do. Ours, not the paper's.
+Patches that are alike have logits that are alike, so that a ranking of each by itself takes all of them or none. Ours,
+not the paper's.
 """
 
 import torch
 from torch import Tensor
 
 from tprl.clock import phase
-from tprl.selectors.base import units
+from tprl.selectors.base import ranks, units
 
 ROWS = 1024
 """Tokens that are compared with all at once: bounds the memory that pictures of many tokens take."""
@@ -26,7 +26,7 @@ def novelty(logits: Tensor, latents: Tensor, mask: Tensor) -> Tensor:
         mask: bool ``(B, N)``, True where a token is real.
     """
     unit = units(latents, mask)
-    rank = logits.masked_fill(~mask, -torch.inf).argsort(dim=1, descending=True, stable=True).argsort(1)
+    rank = ranks(logits, mask)
     nearest = [
         (some @ unit.mT).masked_fill(own[:, :, None] <= rank[:, None], 0).amax(2)
         for some, own in zip(unit.split(ROWS, 1), rank.split(ROWS, 1), strict=True)

@@ -17,7 +17,7 @@ from tprl.config import PrunerConfig
 from tprl.match import MATCHES, question_match
 from tprl.novelty import novelty
 from tprl.policy import Policy, PolicyOutput
-from tprl.selectors.base import check
+from tprl.selectors.base import check, top
 from tprl.types import Selection, VisualTokens
 
 WEIGHTS, CONFIG = "pruner.safetensors", "pruner.json"
@@ -112,8 +112,7 @@ class TokenPruner(nn.Module):
         """
         self._check(visual)
         check(self, visual, budget)
-        rank = self._logits(visual).argsort(dim=1, descending=True, stable=True).argsort(1)
-        return Selection(rank < budget[:, None])
+        return Selection(top(self._logits(visual), visual.mask, budget))
 
     def select_above(self, visual: VisualTokens, threshold: float | None = None) -> Selection:
         """Every token whose keep probability exceeds ``threshold`` (the calibrated one unless given), and at least

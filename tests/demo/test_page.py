@@ -129,7 +129,7 @@ def test_a_person_asks_and_moves_the_slider(page: Any) -> None:
 def test_threshold_and_steps(page: Any) -> None:
     tprl = Result(page, "tprl")
     page.get_by_label("threshold", exact=True).check()
-    page.locator("#threshold input[type=range]").fill("-30")
+    page.locator("#threshold input[type=range]").fill("-40")
     tprl.wait_for(576)
     assert kept(page).all()
     page.get_by_label("steps", exact=True).check()

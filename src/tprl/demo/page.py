@@ -1,6 +1,5 @@
 """The page itself: gradio's components, and what happens when one is touched."""
 
-import math
 import os
 from collections.abc import Callable
 from functools import partial, wraps
@@ -31,7 +30,7 @@ VISITS = 100
 BUDGET = 64
 PEER = "divprune"
 MODES = ["budget", "threshold", "steps"]
-LOG_ODDS = -30, 5
+LOG_ODDS = -40, 5
 """Where the slider of the threshold ends; probabilities of use lie too near 0 for a slider."""
 SUGGESTIONS = 6
 """Questions offered about a picture."""
@@ -69,7 +68,7 @@ def build(lvlm: Lvlm, pruner: TokenPruner | None, title: str) -> gr.Blocks:
     def show(visit: Visit | None, question: str, mode: Any, budget: int, log_odds: float, step: int, peer: str) -> str:
         if visit is None:
             raise ValueError("There is no picture yet; pick or upload one.")
-        threshold = 1 / (1 + math.exp(-log_odds))
+        threshold = torch.tensor(log_odds).sigmoid().item()
         return render(visit, visit.compare(question, Amount(mode, int(budget), threshold, int(step)), peer))
 
     def sliders(mode: str) -> tuple[Any, ...]:
@@ -97,7 +96,7 @@ def build(lvlm: Lvlm, pruner: TokenPruner | None, title: str) -> gr.Blocks:
             mode = gr.Radio(MODES, value="budget", label="Keep by", visible=pruner is not None, elem_id="mode")
             budget = gr.Slider(1, BUDGET, BUDGET, step=1, label="Tokens kept", buttons=[], elem_id="budget")
             threshold = gr.Slider(
-                *LOG_ODDS, _log_odds(pruner.config.threshold) if pruner else 0, step=0.5, label="Keep log-odds above",
+                *LOG_ODDS, _log_odds(pruner.config.threshold) if pruner else 0, step=0.1, label="Keep log-odds above",
                 visible=False, buttons=[], elem_id="threshold",
             )  # fmt: skip
             step = gr.Slider(0, STEPS, STEPS, step=1, label="Step", visible=False, buttons=[], elem_id="step")
@@ -151,7 +150,6 @@ def _telling(function: Callable[..., Any]) -> Callable[..., Any]:
     return told
 
 
-def _log_odds(probability: float) -> int:
-    """The nearest whole number on the slider."""
-    low, high = LOG_ODDS
-    return min(max(round(torch.tensor(probability, dtype=torch.float64).logit(eps=1e-15).item()), low), high)
+def _log_odds(probability: float) -> float:
+    """Its place on the slider."""
+    return round(torch.tensor(probability).logit().clamp(*LOG_ODDS).item(), 1)

@@ -48,6 +48,12 @@ def check(selector: Selector, visual: VisualTokens, budget: Tensor) -> None:
         )
 
 
+def ranks(scores: Tensor, among: Tensor) -> Tensor:
+    """The place of each of ``scores (B, N)`` in its row, int64: 0 for the highest ``among (B, N)``, which all precede
+    the others; the first wins a tie."""
+    return scores.masked_fill(~among, -torch.inf).argsort(dim=1, descending=True, stable=True).argsort(1)
+
+
 def top(scores: Tensor, among: Tensor, count: Tensor) -> Tensor:
     """The ``count (B,)`` highest scores of every row, or all where there are fewer; the first wins a tie.
 
@@ -58,8 +64,7 @@ def top(scores: Tensor, among: Tensor, count: Tensor) -> Tensor:
     Returns:
         bool ``(B, N)``.
     """
-    order = scores.masked_fill(~among, -torch.inf).argsort(dim=1, descending=True, stable=True)
-    return (order.argsort(1) < count[:, None]) & among
+    return (ranks(scores, among) < count[:, None]) & among
 
 
 def evenly(rank: Tensor, total: Tensor, count: Tensor) -> Tensor:

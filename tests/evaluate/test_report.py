@@ -90,6 +90,7 @@ def test_page_is_whole_and_needs_no_network(tmp_path: Path) -> None:
     assert "✓ &lt;b&gt;" in page
     assert "✗ (nothing)" in page
     assert "OpenMoji" in page
+    assert page.count("<td>0.50 <small>-0.50 to 1.50</small></td>") == 3, "every peer's distance from TPRL"
     report(tmp_path, out=tmp_path / "again.html")
     assert (tmp_path / "again.html").read_text() == page
 

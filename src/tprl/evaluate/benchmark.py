@@ -25,6 +25,7 @@ from tprl.evaluate.statistics import bootstrap_ci95
 from tprl.lvlm.cache import EncodedSamples, weights_digest
 from tprl.lvlm.model import Lvlm
 from tprl.progress import track
+from tprl.pruner import TokenPruner
 
 PICTURES_AT_ONCE = 8
 QUESTIONS_AT_ONCE = 64
@@ -222,6 +223,7 @@ class Benchmark:
         cell, unpruned = self.cells[method.label], self.cells["unpruned"]
         drops = [before - after for before, after in zip(unpruned.scores, cell.scores, strict=True)]
         low, high = bootstrap_ci95(drops, self.seed)
+        behind, behind_ci95 = self._behind_tprl(method)
         config, kept = self.lvlm.model.config, mean(cell.kept)
         text = mean([self.encoded.text_tokens(i) for i in range(len(self.encoded))])
         total = round(mean(unpruned.kept))
@@ -240,6 +242,8 @@ class Benchmark:
             "accuracy_blind": mean(self.cells["blind"].scores),
             "drop_points": 100 * mean(drops),
             "drop_ci95": [100 * low, 100 * high],
+            "behind_tprl_points": behind,
+            "behind_tprl_ci95": behind_ci95,
             "flops": flops,
             "flops_unpruned": whole,
             "flops_saved": 1 - flops / whole,
@@ -249,6 +253,17 @@ class Benchmark:
             "kv_cache_mib": kv_cache_mib(config, kept + text, self.lvlm.model.dtype.itemsize),
             "per_family": self._per_family(cell),
         }
+
+    def _behind_tprl(self, method: Method) -> tuple[float, list[float]] | tuple[None, None]:
+        """How many points a peer is behind TPRL under the same budget, paired, and the 95 % interval; None for TPRL
+        itself and where it was not measured."""
+        own = self.cells.get(replace(method, name=TokenPruner.name).label)
+        if own is None or method.name == TokenPruner.name:
+            return None, None
+        peer = self.cells[method.label]
+        gaps = [ours - theirs for ours, theirs in zip(own.scores, peer.scores, strict=True)]
+        low, high = bootstrap_ci95(gaps, self.seed)
+        return 100 * mean(gaps), [100 * low, 100 * high]
 
     def _per_family(self, cell: Cell) -> dict[str, dict[str, float]]:
         families: dict[str, list[int]] = {}

@@ -37,7 +37,8 @@ def csv_table(results: dict[str, Any]) -> str:
     text = io.StringIO()
     rows = [{name: value for name, value in row.items() if name != "per_family"} for row in results["rows"]]
     for row in rows:
-        row["drop_ci95_low"], row["drop_ci95_high"] = row.pop("drop_ci95")
+        for name in ("drop_ci95", "behind_tprl_ci95"):
+            row[f"{name}_low"], row[f"{name}_high"] = row.pop(name) or (None, None)
     writer = csv.DictWriter(text, list(rows[0]), lineterminator="\n")
     writer.writeheader()
     writer.writerows(rows)
@@ -50,21 +51,21 @@ def markdown_table(results: dict[str, Any]) -> str:
     lines = [
         _measured(results),
         "",
-        "| budget | method | tokens kept | accuracy | points lost (95 % interval) | FLOPs saved | prefill | KV cache |",
-        "|---:|:---|---:|---:|---:|---:|---:|---:|",
+        "| budget | method | tokens kept | accuracy | points lost | behind TPRL | FLOPs saved | prefill | KV cache |",
+        "|---:|:---|---:|---:|---:|---:|---:|---:|---:|",
     ]
     for row in by_budget(rows):
         accuracy = _bold_if_best(f"{row['accuracy']:.1%}", row, rows)
         lines.append(
             f"| {row['budget'] or 'threshold'} | {row['method']} | {row['kept_mean']:.1f} | {accuracy} "
-            f"| {row['drop_points']:z.2f} {_interval(row, 2)} | {_cost(row)} |"
+            f"| {_points(row, 'drop', 2)} {_interval(row, 'drop', 2)} | {_behind(row, 2)} | {_cost(row)} |"
         )
     return "\n".join(lines) + "\n"
 
 
 def overview_table(results: dict[str, Any]) -> str:
     """What was measured, and two tables: the points that each method loses under each budget, with the tokens that a
-    layer sees on average and the FLOPs saved at the largest and the smallest budget; and what TPRL costs.
+    layer sees on average and the FLOPs saved at the largest and the smallest budget; and what TPRL costs and gains.
 
     Methods stand by their mean loss, those whose layers see more than the budget behind the others: these cost more
     under the same budget, so the fewest points lost are in bold among the others alone."""
@@ -83,19 +84,22 @@ def overview_table(results: dict[str, Any]) -> str:
     loss = {name: sum(cells[name, budget]["drop_points"] for budget in budgets) for name in methods}
     for name in sorted(methods, key=lambda name: (name in costly, loss[name])):
         own = [cells[name, budget] for budget in budgets]
-        lost = [_bold_if_best(f"{row['drop_points']:z.1f}", row, within) + " " + _interval(row, 1) for row in own]
+        lost = [f"{_bold_if_best(_points(row, 'drop', 1), row, within)} {_interval(row, 'drop', 1)}" for row in own]
         seen = f"{own[0]['kept_mean']:.0f} to {own[-1]['kept_mean']:.0f}"
         saved = f"{own[0]['flops_saved']:.0%} to {own[-1]['flops_saved']:.0%}"
         lines.append(f"| {name} | {' | '.join(lost)} | {seen} | {saved} |")
     lines += [
         "",
-        "| tprl at | tokens kept | accuracy | points lost | FLOPs saved | prefill | KV cache |",
-        "|:---|---:|---:|---:|---:|---:|---:|",
+        "| tprl at | tokens kept | accuracy | points lost | ahead of best other | FLOPs saved | prefill | KV cache |",
+        "|:---|---:|---:|---:|---:|---:|---:|---:|",
     ]
     for row in by_budget([row for row in rows if row["method"] == "tprl"]):
+        others = [other for other in within if other["budget"] == row["budget"] and other["method"] != "tprl"]
+        best = max(others, key=lambda other: other["accuracy"], default=None)
+        ahead = f"{_behind(best, 1)}, {best['method']}" if best else "-"
         lines.append(
             f"| {row['budget'] or 'its threshold'} | {row['kept_mean']:.0f} | {row['accuracy']:.1%} "
-            f"| {row['drop_points']:z.1f} {_interval(row, 1)} | {_cost(row)} |"
+            f"| {_points(row, 'drop', 1)} {_interval(row, 'drop', 1)} | {ahead} | {_cost(row)} |"
         )
     return "\n".join(lines) + "\n"
 
@@ -122,9 +126,20 @@ def _bold_if_best(text: str, row: dict[str, Any], rows: Sequence[dict[str, Any]]
     return f"**{text}**" if best else text
 
 
-def _interval(row: dict[str, Any], digits: int) -> str:
-    low, high = row["drop_ci95"]
+def _points(row: dict[str, Any], what: str, digits: int) -> str:
+    return f"{row[f'{what}_points']:z.{digits}f}"
+
+
+def _interval(row: dict[str, Any], what: str, digits: int) -> str:
+    low, high = row[f"{what}_ci95"]
     return f"({low:z.{digits}f} to {high:z.{digits}f})"
+
+
+def _behind(row: dict[str, Any], digits: int) -> str:
+    """How far a peer is behind TPRL, with the interval."""
+    if row["behind_tprl_points"] is None:
+        return "-"
+    return f"{_points(row, 'behind_tprl', digits)} {_interval(row, 'behind_tprl', digits)}"
 
 
 def _cost(row: dict[str, Any]) -> str:

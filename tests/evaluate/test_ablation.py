@@ -136,6 +136,11 @@ def test_the_recipe_trains_measures_and_goes_on(world: Path) -> None:
     other = ablate(world, "--rows", "full", "--resume", "--budgets", "3")
     assert other.returncode == 2
     assert "other settings" in other.stderr
+    own = world / "out" / "cells" / "full@0.json"
+    own.write_text(own.read_text().replace('"novelty": 2.0', '"novelty": 0.0'))
+    other = ablate(world, "--rows", "full", "--resume")
+    assert other.returncode == 2
+    assert "other settings" in other.stderr
     many = ablate(world, "--budgets", "99", out="many")
     assert many.returncode == 2
     assert "budget 99 is not allowed; 1 to 16" in many.stderr

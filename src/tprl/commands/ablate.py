@@ -81,6 +81,7 @@ def ablate(
         made_from = {
             "weights": weights_digest(lvlm), "dtype": str(lvlm.model.dtype).removeprefix("torch."),
             "samples": samples_digest(test), "budgets": sizes, "settings": asdict(replace(settings, seed=0)),
+            "pruner": asdict(shape),
         }  # fmt: skip
         about = {
             "model": model, "data": test.name, "split": test.split, "n": len(encoded), "machine": machine(lvlm),

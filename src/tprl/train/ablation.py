@@ -65,10 +65,11 @@ ROWS: dict[str, Row] = {
     **{f"steps-{horizon}": Row("episode", ppo={"horizon": horizon}) for horizon in (2, 3)},
     "sparse-score": Row("reward", ppo={"score": "correct"}),
     "critic": Row("reward", ppo={"baseline": "critic"}),
+    "no-novelty": Row("choice", shape={"novelty": 0.0}),
     "compact-positions": Row("positions", positions="compact"),
 }
 """All rows. "full" is the default: three teachers compete through three budgets, T = 1, dense score, group baseline,
-original positions."""
+novelty, original positions."""
 
 
 def train_row(

@@ -31,7 +31,7 @@ def pruner_for(tiny: Tiny, seed: int = 0) -> tprl.TokenPruner:
     lvlm = Lvlm(tiny.model)
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        pruner = tprl.TokenPruner(PrunerConfig(lvlm.width, lvlm.fingerprint))
+        pruner = tprl.TokenPruner(PrunerConfig(width=lvlm.width, fingerprint=lvlm.fingerprint))
         for parameter in pruner.parameters():
             torch.nn.init.normal_(parameter)
     return pruner.eval()

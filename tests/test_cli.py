@@ -91,8 +91,8 @@ def test_a_run_directory_that_exists_is_left_alone(tmp_path: Path) -> None:
     refused(tprl("train", tmp_path / "new", "--device", "gpu"), "'gpu'", "cpu")
     refused(tprl("train", tmp_path, "--overwrite", "--model", tmp_path / "none"), "none")
     assert json.loads((tmp_path / "config.json").read_text()) == {"mine": 1}
-    shipped = ["--init", SHIPPED_PRUNER, "--no-use-question"]
-    refused(tprl("train", tmp_path / "new", "--preset", "quick", *shipped), "use_question", "than is asked for")
+    blind = ["--init", SHIPPED_PRUNER, "set:train-config", "--set.pruner.no-use-question"]
+    refused(tprl("train", tmp_path / "new", *blind), "use_question", "than is asked for")
     assert not (tmp_path / "new").exists()
 
 

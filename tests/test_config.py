@@ -4,7 +4,8 @@ from typing import Any
 
 import pytest
 
-from tprl.config import AutoencoderStage, ImitateStage, PpoStage, TrainConfig
+from tprl.commands.train import PRESETS
+from tprl.config import AutoencoderStage, ImitateStage, PpoStage, PrunerShape, TrainConfig
 
 
 @pytest.mark.parametrize(
@@ -17,6 +18,9 @@ from tprl.config import AutoencoderStage, ImitateStage, PpoStage, TrainConfig
         (ImitateStage, {"budgets": ()}, r"got \(\)"),
         (PpoStage, {"rollouts": 1}, "rollouts has to be at least 2, got 1"),
         (PpoStage, {"discount": 1.5}, r"discount has to lie in \(0, 1\], got 1.5"),
+        (PrunerShape, {"latent": 0}, "latent has to be at least 1, got 0"),
+        (PrunerShape, {"novelty": -1.0}, "novelty has to be at least 0, got -1.0"),
+        (PrunerShape, {"policy_heads": 5}, "policy_hidden has to be a multiple of policy_heads, got 96 and 5"),
         (TrainConfig, {"save_every": 0}, "save_every has to be at least 1, got 0"),
         (TrainConfig, {"seed": -1}, "seed has to be at least 0, got -1"),
     ],
@@ -30,3 +34,9 @@ def test_a_critic_needs_no_other_rollouts_and_a_stage_can_be_left_out() -> None:
     PpoStage(rollouts=1, baseline="critic", epochs=0)
     ImitateStage(demonstrations=0, budgets=(32,))
     AutoencoderStage(steps=0)
+
+
+def test_the_papers_sizes() -> None:
+    """TPRL, arXiv 2603.13394: latents of 256, and no novelty, which is ours."""
+    paper = PRESETS["paper"].pruner
+    assert (paper.latent, paper.autoencoder_hidden, paper.policy_hidden, paper.novelty) == (256, 512, 256, 0)

@@ -1,13 +1,13 @@
 """Tensors that do not fit together are refused where they are put together."""
 
-from dataclasses import FrozenInstanceError, asdict, replace
+from dataclasses import FrozenInstanceError, replace
 from typing import Any
 
 import pytest
 import torch
 
 from ragged import visual_tokens
-from tprl.config import PrunerConfig, TrainConfig
+from tprl.config import TrainConfig
 
 
 @pytest.mark.parametrize(
@@ -43,9 +43,3 @@ def test_nothing_is_reassigned() -> None:
         visual.mask = visual.mask  # type: ignore[misc]
     with pytest.raises(FrozenInstanceError):
         TrainConfig().seed = 1  # type: ignore[misc]
-
-
-def test_the_papers_sizes() -> None:
-    paper = PrunerConfig.paper(4096, "abc")
-    assert (paper.width, paper.fingerprint, paper.latent, paper.autoencoder_hidden) == (4096, "abc", 256, 512)
-    assert asdict(PrunerConfig(**asdict(paper))) == asdict(paper)

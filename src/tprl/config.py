@@ -1,55 +1,64 @@
 """Settings of a pruner and of its training: the command line, the saved JSON and the defaults are these classes."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Literal
-
-
-@dataclass(frozen=True)
-class PrunerConfig:
-    """A pruner's shape. The defaults suit a language model of width 576; ``paper`` is the paper's size.
-
-    Attributes:
-        width: D, width of the language model it prunes for.
-        fingerprint: of that model, see ``Lvlm.fingerprint``; another model is refused.
-        latent: L, width of the autoencoder's latents.
-        autoencoder_hidden: hidden units of the autoencoder.
-        policy_hidden: width of the policy's trunk.
-        policy_layers: transformer layers of the trunk.
-        policy_heads: attention heads of the trunk.
-        threshold: keep probability above which a token stays when neither budget nor threshold is given.
-        use_question: False hides the question from the policy (an ablation).
-        use_autoencoder: False lets the policy read the tokens themselves (an ablation).
-        novelty: weight in a token's logit of what it shows that no likelier token shows, see ``tprl.novelty``; 0 leaves
-            twins their places.
-    """
-
-    width: int
-    fingerprint: str
-    latent: int = 64
-    autoencoder_hidden: int = 128
-    policy_hidden: int = 96
-    policy_layers: int = 3
-    policy_heads: int = 2
-    threshold: float = 0.5
-    use_question: bool = True
-    use_autoencoder: bool = True
-    novelty: float = 2.0
-
-    @classmethod
-    def paper(cls, width: int, fingerprint: str) -> "PrunerConfig":
-        """The pruner of TPRL, arXiv 2603.13394."""
-        return cls(
-            width, fingerprint, latent=256, autoencoder_hidden=512, policy_hidden=256, policy_layers=2, policy_heads=8,
-            novelty=0.0,
-        )  # fmt: skip
 
 
 def _at_least(least: int, settings: object, names: Sequence[str]) -> None:
     for name in names:
         if getattr(settings, name) < least:
             raise ValueError(f"{name} has to be at least {least}, got {getattr(settings, name)}")
+
+
+@dataclass(frozen=True)
+class PrunerShape:
+    """What a pruner is made of. The defaults suit a language model of width 576.
+
+    Attributes:
+        latent: L, width of the autoencoder's latents.
+        autoencoder_hidden: hidden units of the autoencoder.
+        policy_hidden: width of the policy's trunk.
+        policy_layers: transformer layers of the trunk.
+        policy_heads: attention heads of the trunk.
+        use_question: False hides the question from the policy (an ablation).
+        use_autoencoder: False lets the policy read the tokens themselves (an ablation).
+        novelty: weight in a token's logit of what it shows that no likelier token shows, see ``tprl.novelty``; 0 leaves
+            twins their places.
+    """
+
+    latent: int = 64
+    autoencoder_hidden: int = 128
+    policy_hidden: int = 96
+    policy_layers: int = 3
+    policy_heads: int = 2
+    use_question: bool = True
+    use_autoencoder: bool = True
+    novelty: float = 2.0
+
+    def __post_init__(self) -> None:
+        _at_least(1, self, ["latent", "autoencoder_hidden", "policy_hidden", "policy_layers", "policy_heads"])
+        _at_least(0, self, ["novelty"])
+        if self.policy_hidden % self.policy_heads:
+            raise ValueError(
+                f"policy_hidden has to be a multiple of policy_heads, got {self.policy_hidden} and {self.policy_heads}"
+            )
+
+
+@dataclass(frozen=True)
+class PrunerConfig(PrunerShape):
+    """All that is to be known of a trained pruner but its weights.
+
+    Attributes:
+        width: D, width of the language model it prunes for.
+        fingerprint: of that model, see ``Lvlm.fingerprint``; another model is refused.
+        threshold: keep probability above which a token stays when neither budget nor threshold is given.
+    """
+
+    width: int = field(kw_only=True)
+    fingerprint: str = field(kw_only=True)
+    threshold: float = field(default=0.5, kw_only=True)
 
 
 @dataclass(frozen=True)
@@ -173,6 +182,7 @@ class TrainConfig:
     """A whole training: one after the other, each stage starting from what the one before left.
 
     Attributes:
+        pruner: what is trained.
         samples: of the training split.
         validation: samples of the validation split, for metrics and for the threshold.
         max_drop: points of validation accuracy that the calibrated threshold may cost.
@@ -183,6 +193,7 @@ class TrainConfig:
     autoencoder: AutoencoderStage = AutoencoderStage()
     imitate: ImitateStage = ImitateStage()
     ppo: PpoStage = PpoStage()
+    pruner: PrunerShape = PrunerShape()
     samples: int = 8192
     validation: int = 2400
     max_drop: float = 0.3

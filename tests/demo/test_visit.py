@@ -29,7 +29,7 @@ def lvlm() -> Lvlm:
 @pytest.fixture(scope="module")
 def pruner(lvlm: Lvlm) -> TokenPruner:
     torch.manual_seed(3)
-    return TokenPruner(PrunerConfig(lvlm.width, lvlm.fingerprint, 8, 8, 16, 1, 2)).eval()
+    return TokenPruner(PrunerConfig(8, 8, 16, 1, 2, width=lvlm.width, fingerprint=lvlm.fingerprint)).eval()
 
 
 @pytest.fixture

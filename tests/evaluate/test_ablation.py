@@ -12,7 +12,7 @@ import pytest
 from evaluate.world import World, save_world, tiny_lvlm
 from launcher import BY_TWO
 from tprl.commands.ablate import ablate as run_ablation
-from tprl.config import PrunerConfig, TrainConfig
+from tprl.config import TrainConfig
 from tprl.evaluate.ablation import ablation_table, compare
 from tprl.evaluate.benchmark import Cell
 from tprl.train.ablation import FULL, ROWS
@@ -57,20 +57,20 @@ def test_rows_by_hand() -> None:
 
 
 def test_every_row_changes_what_it_says_and_nothing_else() -> None:
-    shape, config = PrunerConfig(8, "f"), TrainConfig()
-    assert ROWS[FULL].settings(shape, config) == (shape, config)
+    config = TrainConfig()
+    assert ROWS[FULL].settings(config) == config
     seen = set()
     for name, row in ROWS.items():
-        settings = (*row.settings(shape, config), row.stages, row.positions)
+        settings = (row.settings(config), row.stages, row.positions)
         assert settings not in seen, name
         seen.add(settings)
-    assert ROWS["steps-2"].settings(shape, config) == (shape, replace(config, ppo=replace(config.ppo, horizon=2)))
+    assert ROWS["steps-2"].settings(config) == replace(config, ppo=replace(config.ppo, horizon=2))
     one_budget = replace(config, imitate=replace(config.imitate, budgets=(32,)))
-    assert ROWS["one-budget"].settings(shape, config) == (shape, one_budget)
+    assert ROWS["one-budget"].settings(config) == one_budget
     search = ("text-attention", "fastervlm", "divprune", "search")
     searching = replace(config, imitate=replace(config.imitate, teachers=search))
-    assert ROWS["teacher-search"].settings(shape, config) == (shape, searching)
-    assert ROWS["latent-16"].settings(shape, config) == (replace(shape, latent=16), config)
+    assert ROWS["teacher-search"].settings(config) == searching
+    assert ROWS["latent-16"].settings(config) == replace(config, pruner=replace(config.pruner, latent=16))
     assert all(set(row.stages) <= set(STAGES) for row in ROWS.values())
 
 

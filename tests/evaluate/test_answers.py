@@ -43,7 +43,7 @@ def test_the_whole_model_chooses_nothing(lvlm: Lvlm) -> None:
 
 
 def test_a_policy_costs_its_own_products(lvlm: Lvlm) -> None:
-    pruner = TokenPruner(PrunerConfig(lvlm.width, lvlm.fingerprint, 8, 8, 16, 1, 2)).eval()
+    pruner = TokenPruner(PrunerConfig(8, 8, 16, 1, 2, width=lvlm.width, fingerprint=lvlm.fingerprint)).eval()
     answer = answered(lvlm, IMAGE, QUESTION, Method(pruner.name, pruner, 5))
     visual = lvlm.visual_tokens(lvlm.encode_images([IMAGE]), [QUESTION])
     assert answer.kept.tolist() == pruner.select(visual, torch.tensor([5])).keep_mask[0].nonzero()[:, 0].tolist()

@@ -42,7 +42,7 @@ def lvlm() -> Lvlm:
 @pytest.fixture(scope="module")
 def pruner(lvlm: Lvlm) -> TokenPruner:
     torch.manual_seed(0)
-    config = PrunerConfig(lvlm.width, lvlm.fingerprint, 4, 8, 8, 1, 2)
+    config = PrunerConfig(4, 8, 8, 1, 2, width=lvlm.width, fingerprint=lvlm.fingerprint)
     pruner = TokenPruner(config).eval()
     with torch.no_grad():
         for weight in pruner.policy.parameters():
@@ -254,7 +254,7 @@ def test_resume_refuses_cells_of_another_run(lvlm: Lvlm, out: Path, methods: lis
     cache = out.parent / "cache"
     with pytest.raises(ValueError, match=r"unpruned.json was made with seed 5 instead of 6; use another folder"):
         measured(lvlm, "tiny", World(), methods, out, cache, seed=6, resume=True)
-    config = PrunerConfig(lvlm.width, lvlm.fingerprint, 4, 8, 8, 1, 2)
+    config = PrunerConfig(4, 8, 8, 1, 2, width=lvlm.width, fingerprint=lvlm.fingerprint)
     other = make_methods(["tprl"], (8,), TokenPruner(config).eval(), 0.45, True, 5)
     with pytest.raises(ValueError, match=r"tprl-8.json was made with pruner \w+ instead of \w+"):
         measured(lvlm, "tiny", World(), other, out, cache, seed=5, resume=True)

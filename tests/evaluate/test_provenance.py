@@ -11,7 +11,7 @@ from tprl.pruner import TokenPruner
 
 @torch.no_grad()
 def test_a_pruner_is_told_by_all_but_its_threshold() -> None:
-    pruner = TokenPruner(PrunerConfig(8, "f", 4, 8, 8, 1, 2))
+    pruner = TokenPruner(PrunerConfig(4, 8, 8, 1, 2, width=8, fingerprint="f"))
     known = pruner_digest(pruner)
     pruner.config = replace(pruner.config, threshold=0.01)
     assert pruner_digest(pruner) == known

@@ -123,7 +123,7 @@ def make(name: str, folder: Path) -> World:
     model.generation_config.pad_token_id = 0
     lvlm = Lvlm(model, _processor(name))
     torch.manual_seed(0)
-    pruner = TokenPruner(PrunerConfig(64, lvlm.fingerprint, 8, 16, 16, 2, 2)).eval()
+    pruner = TokenPruner(PrunerConfig(8, 16, 16, 2, 2, width=64, fingerprint=lvlm.fingerprint)).eval()
     model.save_pretrained(folder / "model")
     lvlm.processor.save_pretrained(folder / "model")
     pruner.save_pretrained(folder / "pruner")

@@ -65,6 +65,12 @@ def make_pruner(seed: int = 0) -> TokenPruner:
     torch.manual_seed(seed)
     return TokenPruner(
         PrunerConfig(
-            WIDTH, "puzzle", latent=16, autoencoder_hidden=32, policy_hidden=32, policy_layers=2, policy_heads=2
+            latent=16,
+            autoencoder_hidden=32,
+            policy_hidden=32,
+            policy_layers=2,
+            policy_heads=2,
+            width=WIDTH,
+            fingerprint="puzzle",
         )
     )

@@ -15,7 +15,7 @@ def test_tokens_are_centred_and_scaled_and_then_explained(tmp_path: Path) -> Non
     lvlm = tiny_lvlm()
     data = EncodedSamples(lvlm, World(), tmp_path)
     torch.manual_seed(0)
-    pruner = TokenPruner(PrunerConfig(lvlm.width, lvlm.fingerprint, latent=8, autoencoder_hidden=16))
+    pruner = TokenPruner(PrunerConfig(8, 16, width=lvlm.width, fingerprint=lvlm.fingerprint))
     stage = autoencoder_stage(pruner, data, AutoencoderStage(steps=150, pictures=3, learning_rate=1e-2), seed=0)
     tokens = torch.cat([data.features(image_id).tokens for image_id in data.image_ids])
     seen = pruner.normalise(tokens)

@@ -33,7 +33,7 @@ def test_it_is_the_highest_threshold_that_costs_no_more_than_is_allowed(
         return OneShot(0.9 if threshold > costs_too_much_above else 0.985, 0.99, kept=1 / threshold)
 
     monkeypatch.setattr(module, "one_shot", one_shot)
-    pruner = Pruner(PrunerConfig(8, "abc"))
+    pruner = Pruner(PrunerConfig(width=8, fingerprint="abc"))
     with warnings.catch_warnings(record=True) as said:
         warnings.simplefilter("always")
         result = calibrate(cast(Any, pruner), cast(Any, None), torch.ones(1), max_drop=1.0)
@@ -46,7 +46,7 @@ def test_it_is_the_highest_threshold_that_costs_no_more_than_is_allowed(
 
 def test_a_threshold_that_loses_more_than_is_allowed_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "one_shot", lambda *_, threshold: OneShot(0.9, 0.9325, kept=1.0))
-    pruner = Pruner(PrunerConfig(8, "abc"))
+    pruner = Pruner(PrunerConfig(width=8, fingerprint="abc"))
     with pytest.warns(UserWarning, match=r"at most 1\.5 points: 1\.1e-07, the lowest one, costs 3\.25 on") as said:
         result = calibrate(cast(Any, pruner), cast(Any, None), torch.ones(7), max_drop=1.5)
     assert [warning.filename for warning in said] == [__file__]

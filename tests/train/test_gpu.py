@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from evaluate.world import World, tiny_lvlm
-from tprl.config import AutoencoderStage, ImitateStage, PpoStage, PrunerConfig, TrainConfig
+from tprl.config import AutoencoderStage, ImitateStage, PpoStage, PrunerShape, TrainConfig
 from tprl.run import RunFolder
 from tprl.train.pipeline import train
 
@@ -23,9 +23,9 @@ def test_a_gpu_learns_all_stages(tmp_path: Path) -> None:
             search_rounds=1, search_children=2, epochs=1, batch=8,
         ),
         PpoStage(epochs=2, questions=4, rollouts=3, horizon=2, minibatch=6),
+        PrunerShape(latent=8, policy_hidden=16),
         samples=24, validation=24,
     )  # fmt: skip
-    shape = PrunerConfig(lvlm.width, lvlm.fingerprint, latent=8, policy_hidden=16)
-    pruner = train(RunFolder(tmp_path, {}), lvlm, (World(), World()), shape, config)
+    pruner = train(RunFolder(tmp_path, {}), lvlm, (World(), World()), config)
     assert pruner.token_mean.device.type == "cuda"
     assert (tmp_path / "pruner").is_dir()

@@ -192,9 +192,8 @@ def lvlm() -> Lvlm:
 
 def idle(folder: Path, lvlm: Lvlm, held_out: World, start: TokenPruner | None = None) -> TokenPruner:
     """A training of no updates."""
-    shape = PrunerConfig(lvlm.width, lvlm.fingerprint)
     run = RunFolder(folder, {})
-    return pipeline.train(run, lvlm, (World(2), held_out), shape, IDLE, (PPO,), start, folder.parent / "cache")
+    return pipeline.train(run, lvlm, (World(2), held_out), IDLE, (PPO,), start, folder.parent / "cache")
 
 
 def test_it_starts_from_the_pruner_given_and_is_calibrated_on_the_held_out_samples(
@@ -208,7 +207,7 @@ def test_it_starts_from_the_pruner_given_and_is_calibrated_on_the_held_out_sampl
 
     monkeypatch.setattr(pipeline, "unpruned_accuracy", unpruned_accuracy)
     torch.manual_seed(5)
-    start, held_out = TokenPruner(PrunerConfig(lvlm.width, lvlm.fingerprint)), World(3)
+    start, held_out = TokenPruner(PrunerConfig(width=lvlm.width, fingerprint=lvlm.fingerprint)), World(3)
     weights = {name: weight.clone() for name, weight in start.state_dict().items()}
     trained, fresh = idle(tmp_path / "a", lvlm, held_out, start), idle(tmp_path / "b", lvlm, held_out)
     assert all(torch.equal(weight, trained.state_dict()[name]) for name, weight in weights.items())

@@ -10,7 +10,7 @@ import tyro
 from tprl import processes
 from tprl.commands.parse import parse_budgets, parse_names, parse_seeds
 from tprl.commands.train import choose_settings
-from tprl.config import PrunerConfig, TrainConfig
+from tprl.config import TrainConfig
 from tprl.data import load_source
 from tprl.data.sample import samples_digest
 from tprl.evaluate.ablation import Cells, compare, load_cells, measure, save_cells, write_ablation
@@ -73,7 +73,6 @@ def ablate(
     with processes.joined(device) as own_device:
         check_out(out, resume, overwrite)
         lvlm = open_lvlm(model, dtype, own_device)
-        shape = (PrunerConfig.paper if preset == "paper" else PrunerConfig)(lvlm.width, lvlm.fingerprint)
         cache = cache or cache_folder()
         check_budgets(lvlm, test, sizes)
         with processes.first_alone():
@@ -81,7 +80,6 @@ def ablate(
         made_from = {
             "weights": weights_digest(lvlm), "dtype": str(lvlm.model.dtype).removeprefix("torch."),
             "samples": samples_digest(test), "budgets": sizes, "settings": asdict(replace(settings, seed=0)),
-            "pruner": asdict(shape),
         }  # fmt: skip
         about = {
             "model": model, "data": test.name, "split": test.split, "n": len(encoded), "machine": machine(lvlm),
@@ -104,7 +102,7 @@ def ablate(
             for seed in chosen_seeds:
                 if seed not in found[name]:
                     seeded = replace(settings, seed=seed)
-                    pruner = train_row(row, out / TRAININGS, lvlm, sources, shape, seeded, cache).to(lvlm.device)
+                    pruner = train_row(row, out / TRAININGS, lvlm, sources, seeded, cache).to(lvlm.device)
                     found[name][seed] = measure(encoded, pruner, sizes, row.positions, f"{name}, seed {seed}")
                     measured_by = commit()
                     commits.add(measured_by)

@@ -1,8 +1,7 @@
 """``tprl train``: the stages autoencoder, imitate and ppo, each alone or all."""
 
 import json
-from collections.abc import Callable
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated
 
@@ -12,7 +11,7 @@ from rich.table import Table
 
 from tprl import processes
 from tprl.commands.parse import parse_names
-from tprl.config import AutoencoderStage, ImitateStage, PpoStage, PrunerConfig, TrainConfig
+from tprl.config import AutoencoderStage, ImitateStage, PpoStage, PrunerShape, TrainConfig
 from tprl.data import load_source
 from tprl.data.sample import samples_digest
 from tprl.pocket.assemble import cache_folder, choose_dtype, open_lvlm
@@ -37,6 +36,9 @@ PAPER = TrainConfig(
     PpoStage(
         epochs=200, questions=64, rollouts=1, horizon=3, discount=0.5, beta=0.1, gamma=0.99, baseline="critic",
         minibatch=16, update_epochs=4, actor_learning_rate=1e-5, critic_learning_rate=3e-5, entropy_coeff=0.01,
+    ),
+    PrunerShape(
+        latent=256, autoencoder_hidden=512, policy_hidden=256, policy_layers=2, policy_heads=8, novelty=0.0,
     ),
     samples=50_000,
 )  # fmt: skip
@@ -69,8 +71,6 @@ def train(
     stages: str = ",".join(STAGES),
     preset: str = "default",
     init: Path | None = None,
-    use_question: bool = True,
-    use_autoencoder: bool = True,
     dtype: str = "auto",
     device: str = "cpu",
     cache: Path | None = None,
@@ -92,8 +92,6 @@ def train(
         stages: comma-separated, of autoencoder, imitate, ppo; without the first of them from a pruner of --init.
         preset: "default", "quick" (minutes, shows every stage at work) or "paper".
         init: folder of a pruner to start from.
-        use_question: --no-use-question hides the question from the policy.
-        use_autoencoder: --no-use-autoencoder lets the policy read the tokens themselves.
         dtype: of the model: "auto", "float32", "bfloat16" or "float16".
         device: "cpu" or "cuda"; each of several processes takes a GPU of its own.
         cache: folder where encoded pictures are kept between runs; $TPRL_CACHE or ~/.cache/tprl unless given.
@@ -121,19 +119,17 @@ def train(
         asked = {
             "model": model, "dtype": precision, "data": data, "val_data": val_data,
             "images": str(images) if images else None, "samples": [samples_digest(source) for source in sources],
-            "stages": names, "init": str(init) if init else None, "preset": preset, "use_question": use_question,
-            "use_autoencoder": use_autoencoder, "settings": asdict(settings),
+            "stages": names, "init": str(init) if init else None, "preset": preset,
+            "settings": asdict(settings),
         }  # fmt: skip
         lvlm = open_lvlm(model, precision, own_device)
-        sized: Callable[[int, str], PrunerConfig] = PrunerConfig.paper if preset == "paper" else PrunerConfig
-        shape = replace(sized(lvlm.width, lvlm.fingerprint), use_question=use_question, use_autoencoder=use_autoencoder)
         start = TokenPruner.from_pretrained(init, lvlm.fingerprint) if init else None
         if start is not None:
-            other = {name for name, _ in asdict(start.config).items() ^ asdict(shape).items()} - {"threshold"}
-            if other:
-                raise ValueError(f"the pruner in {init} has another {', '.join(sorted(other))} than is asked for")
+            wanted = asdict(settings.pruner)
+            if other := [name for name in wanted if wanted[name] != getattr(start.config, name)]:
+                raise ValueError(f"the pruner in {init} has another {', '.join(other)} than is asked for")
         folder = RunFolder(run, asked, resume, overwrite, tensorboard)
-        run_training(folder, lvlm, sources, shape, settings, names, start, cache or cache_folder())
+        run_training(folder, lvlm, sources, settings, names, start, cache or cache_folder())
         if processes.is_first():
             _print_summary(run)
 

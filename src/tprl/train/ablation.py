@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from tprl.config import ImitateStage, PpoStage, PrunerConfig, TrainConfig
+from tprl.config import ImitateStage, PpoStage, TrainConfig
 from tprl.data.sample import Source, samples_digest
 from tprl.demonstrations import SEARCH
 from tprl.lvlm.cache import weights_digest
@@ -31,23 +31,27 @@ class Row:
     Attributes:
         group: what the row is about.
         stages: that are trained.
-        shape: settings of the pruner in the place of the given ones.
-        imitate: settings of the imitation.
-        ppo: settings of PPO.
+        pruner: settings of the pruner in the place of those of the row "full".
+        imitate: the same of the imitation.
+        ppo: the same of PPO.
         positions: of the kept tokens when the row is measured.
     """
 
     group: str
     stages: tuple[str, ...] = STAGES
-    shape: Mapping[str, Any] = field(default_factory=dict)
+    pruner: Mapping[str, Any] = field(default_factory=dict)
     imitate: Mapping[str, Any] = field(default_factory=dict)
     ppo: Mapping[str, Any] = field(default_factory=dict)
     positions: Positions = "original"
 
-    def settings(self, shape: PrunerConfig, config: TrainConfig) -> tuple[PrunerConfig, TrainConfig]:
+    def settings(self, full: TrainConfig) -> TrainConfig:
         """The row's own settings, from those of the row "full"."""
-        demonstrations, episodes = replace(config.imitate, **self.imitate), replace(config.ppo, **self.ppo)
-        return replace(shape, **self.shape), replace(config, imitate=demonstrations, ppo=episodes)
+        return replace(
+            full,
+            pruner=replace(full.pruner, **self.pruner),
+            imitate=replace(full.imitate, **self.imitate),
+            ppo=replace(full.ppo, **self.ppo),
+        )
 
 
 HEURISTICS = ("text-attention", "fastervlm", "divprune", "cdpruner")
@@ -56,16 +60,16 @@ ROWS: dict[str, Row] = {
     FULL: Row("learning"),
     "demonstrations-only": Row("learning", (autoencoder.NAME, imitate.NAME)),
     "ppo-only": Row("learning", (autoencoder.NAME, ppo.NAME)),
-    "no-autoencoder": Row("state", shape={"use_autoencoder": False}),
-    **{f"latent-{width}": Row("state", shape={"latent": width}) for width in (16, 32, 128)},
-    "no-question": Row("state", shape={"use_question": False}),
+    "no-autoencoder": Row("state", pruner={"use_autoencoder": False}),
+    **{f"latent-{width}": Row("state", pruner={"latent": width}) for width in (16, 32, 128)},
+    "no-question": Row("state", pruner={"use_question": False}),
     **{f"teacher-{name}": Row("teacher", imitate={"teachers": (name,)}) for name in HEURISTICS},
     "teacher-search": Row("teacher", imitate={"teachers": (*ImitateStage().teachers, SEARCH)}),
     "one-budget": Row("teacher", imitate={"budgets": (32,)}),
     **{f"steps-{horizon}": Row("episode", ppo={"horizon": horizon}) for horizon in (2, 3)},
     "sparse-score": Row("reward", ppo={"score": "correct"}),
     "critic": Row("reward", ppo={"baseline": "critic"}),
-    "no-novelty": Row("choice", shape={"novelty": 0.0}),
+    "no-novelty": Row("choice", pruner={"novelty": 0.0}),
     "compact-positions": Row("positions", positions="compact"),
 }
 """All rows. "full" is the default: three teachers compete through three budgets, T = 1, dense score, group baseline,
@@ -77,7 +81,6 @@ def train_row(
     folder: Path,
     lvlm: Lvlm,
     sources: tuple[Source, Source],
-    shape: PrunerConfig,
     config: TrainConfig,
     cache: Path,
 ) -> TokenPruner:
@@ -85,22 +88,21 @@ def train_row(
 
     Args:
         sources: training and validation samples.
-        shape: of the pruner of the row "full".
-        config: of its training.
+        config: settings of the row "full".
         cache: of encoded pictures and demonstrations.
     """
-    shape, config = row.settings(shape, config)
+    config = row.settings(config)
     pruner, made_from = None, ""
     for stages in _parts(row.stages):
         part = config if ppo.NAME in stages else replace(config, ppo=_reward_only(config.ppo))
         settings = {
             "model": weights_digest(lvlm), "samples": [samples_digest(source) for source in sources],
-            "shape": asdict(shape), "settings": asdict(part), "stages": stages, "start": made_from,
+            "settings": asdict(part), "stages": stages, "start": made_from,
         }  # fmt: skip
         made_from = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:16]
         run = folder / made_from
         if not (run / "pruner" / CONFIG).exists():
-            train(RunFolder(run, settings, resume=True), lvlm, sources, shape, part, stages, pruner, cache)
+            train(RunFolder(run, settings, resume=True), lvlm, sources, part, stages, pruner, cache)
         pruner = TokenPruner.from_pretrained(run / "pruner", lvlm.fingerprint)
     assert pruner is not None
     return pruner

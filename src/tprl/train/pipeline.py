@@ -2,7 +2,7 @@
 
 import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import torch
@@ -34,7 +34,6 @@ def train(
     run: RunFolder,
     lvlm: Lvlm,
     sources: tuple[Source, Source],
-    shape: PrunerConfig,
     config: TrainConfig,
     stages: Sequence[str] = STAGES,
     start: TokenPruner | None = None,
@@ -44,12 +43,12 @@ def train(
 
     Args:
         sources: training and validation samples.
-        shape: of the pruner.
         stages: which of ``STAGES`` to do, in their order.
         start: a pruner that the first stage starts from instead of a fresh one.
         cache: where visual tokens are kept between runs; the run's own folder unless given.
     """
     torch.manual_seed(config.seed)
+    shape = PrunerConfig(**asdict(config.pruner), width=lvlm.width, fingerprint=lvlm.fingerprint)
     pruner = (start or TokenPruner(shape)).to(lvlm.device)
     given = tower_signals(lvlm.model)
     needed = {name: needs & TOWER_SIGNALS for name, needs in teacher_signals(heuristics(config.imitate)).items()}

@@ -1,7 +1,7 @@
-"""Put the newest results' tables into README.md: python scripts/readme_table.py [results folder]."""
+"""Put the tables of a results folder into README.md."""
 
+import argparse
 import json
-import sys
 from pathlib import Path
 
 from tprl.evaluate.tables import overview_table
@@ -20,6 +20,7 @@ def with_table(readme: str, results: Path) -> str:
 
 
 if __name__ == "__main__":
-    folder = Path(sys.argv[1]) if len(sys.argv) > 1 else ROOT / "results" / "scenes"
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("results", nargs="?", type=Path, default=ROOT / "results" / "scenes", help="%(default)s")
     path = ROOT / "README.md"
-    path.write_text(with_table(path.read_text(), folder))
+    path.write_text(with_table(path.read_text(), parser.parse_args().results))

@@ -466,6 +466,18 @@ def test_a_method_that_the_instance_had_before_comes_back() -> None:
     assert tiny.model.forward is counted
 
 
+def test_what_was_wrapped_since_pruning_is_not_lost() -> None:
+    model = make("llava").model
+    prune(model, Norms(), budget=2)
+    pruned = model.forward
+    model.forward = lambda *args, **kwargs: pruned(*args, **kwargs)
+    with pytest.raises(ValueError, match="forward of the model, wrapped or replaced after it was pruned"):
+        unprune(model)
+    model.forward = pruned
+    unprune(model)
+    assert not model.__dict__.keys() & {"forward", HANDLE}
+
+
 def test_a_copy_is_pruned_by_itself(tiny: Tiny) -> None:
     model, inputs = make(tiny.name).model, tiny.batch(*BATCH)
     with prune(model, Norms(), keep_ratio=0.4) as pruning:

@@ -47,12 +47,14 @@ class Handle:
     Attributes:
         kept: what was kept in the last call that had pictures: for each sample, a ``Kept`` a picture.
         replacements: methods of the model and what stands in their place.
+        methods: the same as they were attached to the model.
         lock: held by the thread whose call is on its way; the calls of others wait.
     """
 
     def __init__(self, model: PreTrainedModel, replacements: Mapping[str, Callable[..., Any]]) -> None:
         self.kept: list[list[Kept]] = []
         self.replacements = replacements
+        self.methods: dict[str, MethodType] = {}
         self.replaced: dict[str, Any] = {name: model.__dict__[name] for name in replacements if name in model.__dict__}
         self._model = model
         self.lock = threading.RLock()
@@ -88,8 +90,8 @@ class Handle:
     def attach(self) -> None:
         """Put the replacements in their places."""
         for name, replacement in self.replacements.items():
-            method = MethodType(_with_signature(replacement, self.original(name)), self._model)
-            setattr(self._model, name, method)
+            self.methods[name] = MethodType(_with_signature(replacement, self.original(name)), self._model)
+            setattr(self._model, name, self.methods[name])
         setattr(self._model, HANDLE, self)
 
 
@@ -124,10 +126,18 @@ def check_amount(model: PreTrainedModel, given: Mapping[str, float | None]) -> N
 
 
 def unprune(model: PreTrainedModel) -> None:
-    """Leave ``model`` as it was before ``prune``; nothing to do if it is not pruned."""
+    """Leave ``model`` as it was before ``prune``; nothing to do if it is not pruned.
+
+    Raises:
+        ValueError: one of its methods has been wrapped or replaced since, which would be lost.
+    """
     pruning = model.__dict__.get(HANDLE)
     if pruning is None:
         return
+    if wrapped := [name for name, method in pruning.methods.items() if model.__dict__.get(name) != method]:
+        raise ValueError(
+            f"{', '.join(wrapped)} of the model, wrapped or replaced after it was pruned, would be lost: undo that"
+        )
     for name in pruning.replacements:
         delattr(model, name)
         if name in pruning.replaced:

@@ -6,7 +6,7 @@ import os
 import platform
 import shutil
 import subprocess
-from dataclasses import replace
+from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,8 @@ from tprl.pruner import TokenPruner
 
 def pruner_digest(pruner: TokenPruner) -> str:
     """A digest that changes with any weight or setting of a pruner but its threshold, which budgets do not ask for."""
-    digest = hashlib.sha256(repr(replace(pruner.config, threshold=0)).encode())
+    settings = {name: value for name, value in asdict(pruner.config).items() if name != "threshold"}
+    digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode())
     for name, tensor in sorted(pruner.state_dict().items()):
         digest.update(name.encode() + tensor.cpu().numpy().tobytes())
     return digest.hexdigest()[:16]

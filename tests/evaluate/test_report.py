@@ -98,12 +98,14 @@ def test_page_is_whole_and_needs_no_network(tmp_path: Path) -> None:
 def test_nothing_lost_has_no_sign(tmp_path: Path) -> None:
     write(tmp_path)
     results = json.loads((tmp_path / "results.json").read_text())
-    results["rows"].append(row("random", 16, 0.9003))
+    results["rows"].append(row("random", 16, 0.9003) | {"behind_tprl_ci95": [-0.001, 0.5]})
     (tmp_path / "results.json").write_text(json.dumps(results))
     report(tmp_path, out=tmp_path / "page.html")
     page = (tmp_path / "page.html").read_text()
     assert ">0.0<" in page
     assert ">-0.0<" not in page
+    assert "-0.00 to" not in page
+    assert "0.00 to 0.50" in page
 
 
 def test_a_folder_of_folders_is_one_page(tmp_path: Path) -> None:

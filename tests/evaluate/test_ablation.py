@@ -14,7 +14,7 @@ from launcher import BY_TWO
 from tprl.commands.ablate import ablate as run_ablation
 from tprl.config import TrainConfig
 from tprl.evaluate.ablation import ablation_table, compare
-from tprl.evaluate.benchmark import Cell
+from tprl.evaluate.cell import Cell
 from tprl.train.ablation import FULL, ROWS
 from tprl.train.pipeline import STAGES
 

@@ -5,7 +5,6 @@ import subprocess
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 
@@ -131,25 +130,6 @@ def test_results_hold_what_they_should(results: dict[str, Any]) -> None:
             assert sum(n * part for n, part in zip(counts, parts, strict=True)) / 24 == pytest.approx(row[name])
         if row["budget"] is not None and row["method"] not in IN_MODEL:
             assert row["kept_mean"] == row["budget"]
-
-
-def test_peers_are_paired_with_tprl_under_the_same_budget(out: Path, results: dict[str, Any]) -> None:
-    scores = {path.stem: json.loads(path.read_text())["scores"] for path in (out / "cells").iterdir()}
-    told = [row for row in results["rows"] if row["behind_tprl_points"] is not None]
-    assert len(told) == 2 * (len(METHODS) - 1)
-    for row in told:
-        own, peer = scores[f"tprl-{row['budget']}"], scores[f"{row['method']}-{row['budget']}"]
-        gaps = np.array(own) - np.array(peer)
-        assert row["behind_tprl_points"] == pytest.approx(100 * gaps.mean())
-        around = 196 * gaps.std() / len(gaps) ** 0.5
-        assert row["behind_tprl_ci95"] == pytest.approx([100 * gaps.mean() - around, 100 * gaps.mean() + around], abs=3)
-
-
-def test_without_tprl_nothing_is_paired_with_it(lvlm: Lvlm, tmp_path: Path) -> None:
-    methods = make_methods(["uniform"], [8], None, None, False, 0)
-    (row,) = measured(lvlm, "tiny", World(2), methods, tmp_path / "out", tmp_path / "cache")["rows"]
-    assert row["behind_tprl_points"] is None
-    assert row["behind_tprl_ci95"] is None
 
 
 def test_random_draws_by_its_seed() -> None:

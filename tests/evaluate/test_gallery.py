@@ -10,7 +10,7 @@ from PIL import Image
 
 from evaluate.world import World, tiny_lvlm
 from tprl.data.sample import Sample
-from tprl.evaluate.benchmark import Cell
+from tprl.evaluate.cell import Cell
 from tprl.evaluate.gallery import choose_cases, write_gallery
 from tprl.evaluate.methods import make_methods
 from tprl.scoring import score

@@ -14,7 +14,8 @@ from tprl.config import TrainConfig
 from tprl.data import load_source
 from tprl.data.sample import samples_digest
 from tprl.evaluate.ablation import Cells, compare, load_cells, measure, save_cells, write_ablation
-from tprl.evaluate.benchmark import CELLS, check_budgets, check_out
+from tprl.evaluate.benchmark import CELLS
+from tprl.evaluate.checks import check_budgets, check_out
 from tprl.evaluate.provenance import commit, machine
 from tprl.lvlm.cache import EncodedSamples, weights_digest
 from tprl.pocket.assemble import cache_folder, open_lvlm

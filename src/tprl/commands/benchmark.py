@@ -6,7 +6,7 @@ from tprl import processes
 from tprl.commands.evaluate import evaluate
 from tprl.commands.parse import parse_names
 from tprl.data import load_source
-from tprl.evaluate.benchmark import check_out
+from tprl.evaluate.checks import check_out
 from tprl.evaluate.methods import METHODS
 
 

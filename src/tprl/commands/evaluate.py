@@ -8,7 +8,8 @@ import tprl
 from tprl import processes
 from tprl.commands.parse import parse_budgets, parse_names
 from tprl.data import load_source
-from tprl.evaluate.benchmark import Benchmark, check_out
+from tprl.evaluate.benchmark import Benchmark
+from tprl.evaluate.checks import check_out
 from tprl.evaluate.gallery import write_gallery
 from tprl.evaluate.methods import check_names, make_methods
 from tprl.evaluate.tables import markdown_table, write_tables

@@ -5,11 +5,11 @@ import io
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from statistics import stdev
+from statistics import fmean, stdev
 from typing import Any
 
 from tprl.checkpoint import save_text
-from tprl.evaluate.benchmark import Cell, mean, score_questions
+from tprl.evaluate.cell import Cell, score_questions
 from tprl.evaluate.methods import make_methods
 from tprl.evaluate.provenance import write_json
 from tprl.evaluate.statistics import bootstrap_ci95
@@ -64,10 +64,10 @@ def compare(measured: Mapping[str, Mapping[int, Cells]], groups: Mapping[str, st
     for name, seeds in measured.items():
         for budget in next(iter(seeds.values())):
             cells = {seed: cells[budget] for seed, cells in seeds.items()}
-            accuracies = [mean(cell.scores) for cell in cells.values()]
+            accuracies = [fmean(cell.scores) for cell in cells.values()]
             others = {seed: part[budget] for seed, part in measured.get(full, {}).items() if seed in cells}
             differences = [
-                mean(pairs)
+                fmean(pairs)
                 for pairs in zip(
                     *(
                         [after - before for after, before in zip(cells[seed].scores, other.scores, strict=True)]
@@ -83,10 +83,10 @@ def compare(measured: Mapping[str, Mapping[int, Cells]], groups: Mapping[str, st
                     "row": name,
                     "seeds": sorted(cells),
                     "budget": budget,
-                    "kept_mean": mean([mean(cell.kept) for cell in cells.values()]),
-                    "accuracy": mean(accuracies),
+                    "kept_mean": fmean([fmean(cell.kept) for cell in cells.values()]),
+                    "accuracy": fmean(accuracies),
                     "accuracy_sd": stdev(accuracies) if len(accuracies) > 1 else None,
-                    "difference_points": 100 * mean(differences) if told else None,
+                    "difference_points": 100 * fmean(differences) if told else None,
                     "difference_ci95": [100 * end for end in bootstrap_ci95(differences, 0)] if told else None,
                 }
             )

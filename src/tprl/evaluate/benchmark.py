@@ -7,46 +7,29 @@ methods do in turns. Several processes, see ``tprl.processes``, share the questi
 
 import json
 import shutil
-from collections.abc import Collection, Iterable, Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Sequence
+from dataclasses import asdict, replace
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
-import torch
 from transformers import BatchFeature
 
 from tprl import processes
 from tprl.data.sample import Source, samples_digest
+from tprl.evaluate.cell import Cell, score_pictures, score_questions
+from tprl.evaluate.checks import check_budgets, check_out, check_reach
 from tprl.evaluate.flops import encoded_tokens, kv_cache_mib, lvlm_flops
 from tprl.evaluate.latency import measure_prefills, prompt_inputs
 from tprl.evaluate.methods import QUESTION_BLIND, Method, choice_flops
 from tprl.evaluate.provenance import commit, machine, pruner_digest, write_json
-from tprl.evaluate.statistics import bootstrap_ci95
+from tprl.evaluate.rows import per_family, quality
 from tprl.lvlm.cache import EncodedSamples, weights_digest
 from tprl.lvlm.model import Lvlm
-from tprl.progress import track
-from tprl.pruner import TokenPruner
 
-PICTURES_AT_ONCE = 8
-QUESTIONS_AT_ONCE = 64
 TIMED_PICTURES = 15
 RESULTS = "results.json"
 CELLS = "cells"
-
-
-@dataclass(frozen=True)
-class Cell:
-    """What was measured of one method under one budget, or without pruning, or without a picture.
-
-    Attributes:
-        scores: of every sample, in [0, 1].
-        kept: visual tokens that the language model saw for every sample; mean over its layers where those differ.
-        selector_flops: FLOPs of choosing for one sample.
-    """
-
-    scores: list[float]
-    kept: list[float]
-    selector_flops: int = 0
 
 
 class Benchmark:
@@ -176,30 +159,13 @@ class Benchmark:
 
     def _measure(self, label: str, method: Method | None, title: str) -> Cell:
         if method is None:
-            return self._by_picture(None, title, blind=label == "blind")
+            return score_pictures(self.encoded, None, title, blind=label == "blind")
         cell = (
-            self._by_picture(method, title)
+            score_pictures(self.encoded, method, title)
             if method.name in QUESTION_BLIND
             else score_questions(self.encoded, method, title)
         )
         return replace(cell, selector_flops=choice_flops(method, self.encoded, self._typical()))
-
-    def _by_picture(self, method: Method | None, title: str, blind: bool = False) -> Cell:
-        """All questions about a picture see the same tokens: those that ``method`` keeps, or all, or none."""
-        scores, kept = torch.zeros(len(self.encoded)), torch.zeros(len(self.encoded), dtype=torch.int64)
-        image_ids = self.encoded.image_ids
-        for start in track(range(0, len(image_ids), PICTURES_AT_ONCE)[processes.mine()], title):
-            visual, indices, pictures = self.encoded.by_picture(image_ids[start : start + PICTURES_AT_ONCE])
-            tokens, keep_mask = visual.tokens, visual.mask
-            if blind:
-                tokens, keep_mask = tokens[:, :0], keep_mask[:, :0]
-            elif method is not None:
-                selection = method.select(visual)
-                keep_mask = selection.keep_mask
-                tokens = tokens if selection.tokens is None else selection.tokens
-            scores[indices] = self.encoded.accuracy(indices, tokens, keep_mask[pictures], pictures=pictures)
-            kept[indices] = keep_mask.sum(1).cpu()[pictures]
-        return Cell(processes.total(scores).tolist(), processes.total(kept).tolist())
 
     def _timed_inputs(self) -> list[BatchFeature]:
         """The first question about each of the first pictures, ready for the model; the first of them only warms up."""
@@ -220,13 +186,10 @@ class Benchmark:
     # --- results ---------------------------------------------------------------------------------------------
 
     def _row(self, method: Method, milliseconds: dict[str, float]) -> dict[str, Any]:
-        cell, unpruned = self.cells[method.label], self.cells["unpruned"]
-        drops = [before - after for before, after in zip(unpruned.scores, cell.scores, strict=True)]
-        low, high = bootstrap_ci95(drops, self.seed)
-        behind, behind_ci95 = self._behind_tprl(method)
-        config, kept = self.lvlm.model.config, mean(cell.kept)
-        text = mean([self.encoded.text_tokens(i) for i in range(len(self.encoded))])
-        total = round(mean(unpruned.kept))
+        config, cells = self.lvlm.model.config, self.cells
+        cell, kept = cells[method.label], fmean(cells[method.label].kept)
+        text = fmean(self.encoded.text_tokens(i) for i in range(len(self.encoded)))
+        total = round(fmean(cells["unpruned"].kept))
         counts = method.layer_counts(config.get_text_config().num_hidden_layers, total)
         encoded = self._encoded_tokens()
         whole = lvlm_flops(config, total, round(text), encoded_tokens=encoded).total
@@ -234,16 +197,7 @@ class Benchmark:
         pruned = lvlm_flops(config, entering, round(text), counts, encoded_tokens=encoded)
         flops = pruned.total + cell.selector_flops
         return {
-            "method": method.name,
-            "budget": method.budget,
-            "kept_mean": kept,
-            "accuracy": mean(cell.scores),
-            "accuracy_unpruned": mean(unpruned.scores),
-            "accuracy_blind": mean(self.cells["blind"].scores),
-            "drop_points": 100 * mean(drops),
-            "drop_ci95": [100 * low, 100 * high],
-            "behind_tprl_points": behind,
-            "behind_tprl_ci95": behind_ci95,
+            **quality(method, cells, self.seed),
             "flops": flops,
             "flops_unpruned": whole,
             "flops_saved": 1 - flops / whole,
@@ -251,87 +205,8 @@ class Benchmark:
             "prefill_ms_unpruned": milliseconds["unpruned"],
             "speedup": milliseconds["unpruned"] / milliseconds[method.label],
             "kv_cache_mib": kv_cache_mib(config, kept + text, self.lvlm.model.dtype.itemsize),
-            "per_family": self._per_family(cell),
+            "per_family": per_family(method, cells, self.source.samples),
         }
-
-    def _behind_tprl(self, method: Method) -> tuple[float, list[float]] | tuple[None, None]:
-        """How many points a peer is behind TPRL under the same budget, paired, and the 95 % interval; None for TPRL
-        itself and where it was not measured."""
-        own = self.cells.get(replace(method, name=TokenPruner.name).label)
-        if own is None or method.name == TokenPruner.name:
-            return None, None
-        peer = self.cells[method.label]
-        gaps = [ours - theirs for ours, theirs in zip(own.scores, peer.scores, strict=True)]
-        low, high = bootstrap_ci95(gaps, self.seed)
-        return 100 * mean(gaps), [100 * low, 100 * high]
-
-    def _per_family(self, cell: Cell) -> dict[str, dict[str, float]]:
-        families: dict[str, list[int]] = {}
-        for index, sample in enumerate(self.source.samples):
-            families.setdefault(sample.family, []).append(index)
-        return {
-            family: {
-                "accuracy": mean([cell.scores[i] for i in indices]),
-                "accuracy_unpruned": mean([self.cells["unpruned"].scores[i] for i in indices]),
-                "accuracy_blind": mean([self.cells["blind"].scores[i] for i in indices]),
-                "n": len(indices),
-                "kept_mean": mean([cell.kept[i] for i in indices]),
-            }
-            for family, indices in sorted(families.items())
-        }
-
-
-def score_questions(encoded: EncodedSamples, method: Method, title: str) -> Cell:
-    """Scores of all samples, each of which sees tokens of its own."""
-    layers = encoded.lvlm.model.config.get_text_config().num_hidden_layers
-    scores, kept = torch.zeros(len(encoded)), torch.zeros(len(encoded), dtype=torch.float64)
-    for start in track(range(0, len(encoded), QUESTIONS_AT_ONCE)[processes.mine()], title):
-        indices = range(start, min(start + QUESTIONS_AT_ONCE, len(encoded)))
-        visual = encoded.visual(indices)
-        selection = method.select(visual)
-        tokens = visual.tokens if selection.tokens is None else selection.tokens
-        scores[indices] = encoded.accuracy(indices, tokens, selection.keep_mask, method.within)
-        counts = selection.keep_mask.sum(1).tolist()
-        kept[indices] = torch.tensor([mean(method.layer_counts(layers, count) or [count]) for count in counts]).double()
-    return Cell(processes.total(scores).tolist(), processes.total(kept).tolist())
-
-
-def mean(values: Sequence[float]) -> float:
-    return sum(values) / len(values)
-
-
-def check_out(out: Path, resume: bool, overwrite: bool) -> None:
-    """Raise ValueError unless a run may write into ``out``; the first process looks, before any of them writes."""
-    if processes.is_first():
-        if resume and overwrite:
-            raise ValueError("--resume and --overwrite exclude each other")
-        if out.exists() and not out.is_dir():
-            raise ValueError(f"{out} is a file, not a folder")
-        if out.exists() and not (resume or overwrite):
-            raise ValueError(f"{out} exists; --resume goes on with it, --overwrite throws its results away")
-    processes.meet()
-
-
-def check_budgets(lvlm: Lvlm, source: Source, budgets: Iterable[int]) -> int:
-    """The most visual tokens that one of the first pictures of ``source`` has.
-
-    Raises:
-        ValueError: a budget is more than that.
-    """
-    first = list(dict.fromkeys(sample.image_id for sample in source.samples))[:PICTURES_AT_ONCE]
-    total = max(len(picture.tokens) for picture in lvlm.encode_images([source.image(name) for name in first]))
-    for budget in budgets:
-        if not 1 <= budget <= total:
-            raise ValueError(f"budget {budget} is not allowed; 1 to {total}, a picture's visual tokens")
-    return total
-
-
-def check_reach(lvlm: Lvlm, methods: Iterable[Method], visual_tokens: Collection[int]) -> None:
-    """Raise ValueError unless the methods can keep to their budgets with pictures of so many ``visual_tokens``."""
-    layers = lvlm.model.config.get_text_config().num_hidden_layers
-    for method in methods:
-        for count in visual_tokens:
-            method.layer_counts(layers, count)
 
 
 def _clear(out: Path) -> None:

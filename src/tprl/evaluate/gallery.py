@@ -11,7 +11,7 @@ import torch
 
 from tprl.data.sample import Sample, Source
 from tprl.evaluate.answers import greedy_answer, kept_tokens
-from tprl.evaluate.benchmark import Cell
+from tprl.evaluate.cell import Cell
 from tprl.evaluate.latency import prompt_inputs, pruned_model
 from tprl.evaluate.methods import Method
 from tprl.evaluate.provenance import write_json

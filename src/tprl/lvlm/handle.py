@@ -46,17 +46,18 @@ class Handle:
 
     Attributes:
         kept: what was kept in the last call that had pictures: for each sample, a ``Kept`` a picture.
-        replacements: methods of the model and what stands in their place.
-        methods: the same as they were attached to the model.
+        methods: what stands in the place of methods of the model.
         lock: held by the thread whose call is on its way; the calls of others wait.
     """
 
     def __init__(self, model: PreTrainedModel, replacements: Mapping[str, Callable[..., Any]]) -> None:
         self.kept: list[list[Kept]] = []
-        self.replacements = replacements
-        self.methods: dict[str, MethodType] = {}
         self.replaced: dict[str, Any] = {name: model.__dict__[name] for name in replacements if name in model.__dict__}
         self._model = model
+        self.methods = {
+            name: MethodType(_with_signature(replacement, self.original(name)), model)
+            for name, replacement in replacements.items()
+        }
         self.lock = threading.RLock()
 
     def __getstate__(self) -> dict[str, Any]:
@@ -89,9 +90,8 @@ class Handle:
 
     def attach(self) -> None:
         """Put the replacements in their places."""
-        for name, replacement in self.replacements.items():
-            self.methods[name] = MethodType(_with_signature(replacement, self.original(name)), self._model)
-            setattr(self._model, name, self.methods[name])
+        for name, method in self.methods.items():
+            setattr(self._model, name, method)
         setattr(self._model, HANDLE, self)
 
 
@@ -138,7 +138,7 @@ def unprune(model: PreTrainedModel) -> None:
         raise ValueError(
             f"{', '.join(wrapped)} of the model, wrapped or replaced after it was pruned, would be lost: undo that"
         )
-    for name in pruning.replacements:
+    for name in pruning.methods:
         delattr(model, name)
         if name in pruning.replaced:
             setattr(model, name, pruning.replaced[name])

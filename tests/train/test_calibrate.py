@@ -1,6 +1,5 @@
 """The threshold that calibration finds, against trying every one of them."""
 
-import math
 import warnings
 from dataclasses import dataclass
 from typing import Any, cast
@@ -11,7 +10,7 @@ import torch
 from tprl.config import PrunerConfig
 from tprl.train import calibrate as module
 from tprl.train import pipeline
-from tprl.train.calibrate import THRESHOLDS, OneShot, calibrate
+from tprl.train.calibrate import MOST_LOOKS, STRIDE, THRESHOLDS, OneShot, calibrate
 from train.puzzle import Puzzle, make_pruner
 
 
@@ -40,7 +39,8 @@ def test_it_is_the_highest_threshold_that_costs_no_more_than_is_allowed(
     allowed = [threshold for threshold in THRESHOLDS if threshold <= costs_too_much_above]
     assert pruner.config.threshold == max(allowed, default=THRESHOLDS[-1])
     assert result.kept == 1 / pruner.config.threshold
-    assert len(set(asked)) == len(asked) <= math.log2(len(THRESHOLDS)) + 1
+    assert len(set(asked)) == len(asked) <= MOST_LOOKS + 1
+    assert min(asked) >= THRESHOLDS[min(THRESHOLDS.index(pruner.config.threshold) + STRIDE, len(THRESHOLDS) - 1)]
     assert bool(said) == (not allowed)
 
 

@@ -10,6 +10,7 @@ import sys
 import time
 from collections.abc import Callable
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,7 @@ from tprl.lvlm.model import Lvlm
 from tprl.pruner import TokenPruner
 from tprl.run import TIMES, RunFolder
 from tprl.train import pipeline
+from tprl.train.autoencoder import NAME as AUTOENCODER
 from tprl.train.ppo import NAME as PPO
 
 SETTINGS = [
@@ -213,6 +215,18 @@ def test_it_starts_from_the_pruner_given_and_is_calibrated_on_the_held_out_sampl
     assert all(torch.equal(weight, trained.state_dict()[name]) for name, weight in weights.items())
     assert not all(torch.equal(weight, fresh.state_dict()[name]) for name, weight in weights.items())
     assert all(source is held_out for source in asked)
+
+
+def test_a_training_that_another_goes_on_from_is_left_without_a_threshold(tmp_path: Path, lvlm: Lvlm) -> None:
+    run = RunFolder(tmp_path / "run", {})
+    config = replace(IDLE, autoencoder=AutoencoderStage(steps=1, pictures=1))
+    sources = World(2), World(3)
+    trained = pipeline.train(run, lvlm, sources, config, (AUTOENCODER,), cache=tmp_path / "cache", calibrated=False)
+    assert not (run.folder / "pruner").exists()
+    assert not run.logged("calibrated")
+    saved = TokenPruner.from_pretrained(run.folder / "stages" / AUTOENCODER, lvlm.fingerprint)
+    assert saved.config == trained.config
+    assert all(torch.equal(weight, saved.state_dict()[name]) for name, weight in trained.state_dict().items())
 
 
 def test_a_model_that_is_never_right_is_told_of(

@@ -93,17 +93,21 @@ def train_row(
     """
     config = row.settings(config)
     pruner, made_from = None, ""
-    for stages in _parts(row.stages):
+    parts = _parts(row.stages)
+    for stages in parts:
         part = config if ppo.NAME in stages else replace(config, ppo=_reward_only(config.ppo))
         settings = {
             "model": weights_digest(lvlm), "samples": [samples_digest(source) for source in sources],
             "settings": asdict(part), "stages": stages, "start": made_from,
         }  # fmt: skip
         made_from = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:16]
-        run = folder / made_from
-        if not (run / "pruner" / CONFIG).exists():
-            train(RunFolder(run, settings, resume=True), lvlm, sources, part, stages, pruner, cache)
-        pruner = TokenPruner.from_pretrained(run / "pruner", lvlm.fingerprint)
+        run, last = folder / made_from, stages is parts[-1]
+        trained = run / "pruner" if last else run / "stages" / stages[-1]
+        if (trained / CONFIG).exists():
+            pruner = TokenPruner.from_pretrained(trained, lvlm.fingerprint)
+        else:
+            own = RunFolder(run, settings, resume=True)
+            pruner = train(own, lvlm, sources, part, stages, pruner, cache, calibrated=last)
     assert pruner is not None
     return pruner
 

@@ -13,7 +13,11 @@ from tprl.progress import track
 from tprl.pruner import TokenPruner
 
 THRESHOLDS = tuple(torch.linspace(4, -16, 128, dtype=torch.float64).sigmoid().tolist())
-"""Falling, even in logits; a power of two of them, so that every bisection takes as many looks."""
+"""Falling, even in logits."""
+STRIDE = 16
+"""Thresholds from one look to the next until one is low enough, a power of two that divides their number. A look costs
+by the tokens that are kept, so that one in the middle of all would cost more than several from above."""
+MOST_LOOKS = len(THRESHOLDS) // STRIDE - 1 + int(math.log2(STRIDE))
 BATCH, PICTURES = 64, 8
 
 
@@ -71,14 +75,16 @@ def one_shot(
 
 def calibrate(pruner: TokenPruner, data: EncodedSamples, unpruned: Tensor, max_drop: float) -> OneShot:
     """Set the pruner's threshold to the highest one that costs at most ``max_drop`` points on ``data``, found by
-    bisection, which takes it that less is lost the lower it is.
+    strides from above and bisection of the last one, which takes it that less is lost the lower it is.
 
     Where none that it tries costs so little, the lowest is set, with a warning if that one costs more too.
     """
     tried: dict[int, OneShot] = {}
     too_high, low_enough = -1, len(THRESHOLDS) - 1
-    for _ in track(range(math.ceil(math.log2(len(THRESHOLDS)))), "calibrating"):
-        middle = (too_high + low_enough) // 2
+    for _ in track(range(MOST_LOOKS), "calibrating"):
+        if low_enough - too_high == 1:
+            break
+        middle = too_high + min(STRIDE, (low_enough - too_high) // 2)
         tried[middle] = one_shot(pruner, data, unpruned, threshold=THRESHOLDS[middle])
         if tried[middle].drop_points <= max_drop:
             low_enough = middle

@@ -38,6 +38,7 @@ def train(
     stages: Sequence[str] = STAGES,
     start: TokenPruner | None = None,
     cache: Path | None = None,
+    calibrated: bool = True,
 ) -> TokenPruner:
     """Train a pruner for ``lvlm``; everything is kept in ``run``, the result in its folder ``pruner``.
 
@@ -46,6 +47,7 @@ def train(
         stages: which of ``STAGES`` to do, in their order.
         start: a pruner that the first stage starts from instead of a fresh one.
         cache: where visual tokens are kept between runs; the run's own folder unless given.
+        calibrated: False ends with the last stage, for a training that another one starts from.
     """
     torch.manual_seed(config.seed)
     shape = PrunerConfig(**asdict(config.pruner), width=lvlm.width, fingerprint=lvlm.fingerprint)
@@ -104,6 +106,9 @@ def train(
         _save(pruner, run.folder / "stages" / name)
         if name != autoencoder.NAME and not run.logged(f"after-{name}"):
             run.log(f"after-{name}", 0, _look_at(pruner, held_out, unpruned))
+    if not calibrated:
+        processes.meet()  # all of them will find the last stage there
+        return pruner
     result = calibrate(pruner, held_out, unpruned, config.max_drop)
     _save(pruner, run.folder / "pruner")
     processes.meet()  # all of them will find it there

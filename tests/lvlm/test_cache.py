@@ -54,6 +54,11 @@ def test_unpruned_accuracy_is_that_of_generate(lvlm: Lvlm, encoded: EncodedSampl
     assert 0 < sum(wanted) < 24
     visual = encoded.visual(range(24))
     assert encoded.accuracy(range(24), visual.tokens, visual.mask).tolist() == pytest.approx(wanted)
+    assert encoded.accuracy_unpruned.tolist() == pytest.approx(wanted)
+    visual, indices, pictures = encoded.by_picture(encoded.image_ids)
+    scores = encoded.score(indices, visual.tokens, visual.mask[pictures], pictures=pictures)
+    torch.testing.assert_close(encoded.unpruned.log_prob, scores.log_prob)
+    assert torch.equal(encoded.unpruned.correct, scores.correct)
 
 
 def test_samples_that_look_at_the_same_tokens_share_a_row(
@@ -138,6 +143,25 @@ def test_another_version_of_a_picture_makes_another_cache(lvlm: Lvlm, encoded: E
     assert EncodedSamples(lvlm, World(), encoded.folder.parent, encoded.signals).folder == encoded.folder
 
 
+def test_what_every_token_gives_is_computed_once(
+    lvlm: Lvlm, encoded: EncodedSamples, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    scores, accuracy = encoded.unpruned, encoded.accuracy_unpruned
+    again = EncodedSamples(lvlm, encoded.source, encoded.folder.parent, encoded.signals)
+    for name in ("score", "accuracy"):
+        monkeypatch.setattr(again, name, None)
+    assert torch.equal(again.unpruned.log_prob, scores.log_prob)
+    assert torch.equal(again.unpruned.correct, scores.correct)
+    assert again.unpruned.correct.dtype == torch.bool
+    assert torch.equal(again.accuracy_unpruned, accuracy)
+    others = World()
+    others.samples = [replace(sample, answers=("two",), box=None) for sample in others.samples]
+    asked = EncodedSamples(lvlm, others, encoded.folder.parent, encoded.signals)
+    assert asked.folder == encoded.folder
+    assert not torch.equal(asked.unpruned.log_prob, scores.log_prob)
+    assert not torch.equal(asked.accuracy_unpruned, accuracy)
+
+
 def test_another_template_makes_other_unpruned_scores(lvlm: Lvlm, tmp_path: Path) -> None:
     before = EncodedSamples(lvlm, World(), tmp_path)
     _ = before.unpruned
@@ -151,7 +175,7 @@ def test_another_template_makes_other_unpruned_scores(lvlm: Lvlm, tmp_path: Path
     finally:
         lvlm.processor.chat_template = template
     assert after.folder == before.folder
-    assert len(list(after.folder.glob("unpruned-*"))) == 2
+    assert len(list(after.folder.glob("scores-*"))) == 2
 
 
 def test_another_processor_makes_another_cache(lvlm: Lvlm, encoded: EncodedSamples) -> None:

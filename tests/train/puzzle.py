@@ -26,6 +26,7 @@ class Puzzle:
         self.order = torch.stack([torch.randperm(COUNT, generator=generator) for _ in range(questions)])
         self.image_ids = list(range(questions))
         self.unpruned = AnswerScores(torch.zeros(questions), torch.ones(questions, dtype=torch.bool))
+        self.accuracy_unpruned = torch.ones(questions)
 
     def __len__(self) -> int:
         return len(self.needed)

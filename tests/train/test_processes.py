@@ -17,7 +17,7 @@ from tprl import processes
 from tprl.config import AutoencoderStage, ImitateStage, PpoStage, TrainConfig
 from tprl.run import TIMES, RunFolder, Stage, fit
 from tprl.train.autoencoder import autoencoder_stage
-from tprl.train.calibrate import calibrate, one_shot, unpruned_accuracy
+from tprl.train.calibrate import calibrate, one_shot
 from tprl.train.imitate import DemonstrationSet, imitate_stage
 from tprl.train.ppo import ppo_stage
 from train.puzzle import COUNT, Puzzle, make_pruner
@@ -59,7 +59,7 @@ def learn(folder: Path) -> list[dict[str, Any]]:
     ]
     for stage in stages:
         fit(run, stage, save_every=2)
-    unpruned = unpruned_accuracy(puzzle)
+    unpruned = puzzle.accuracy_unpruned
     seen = [one_shot(pruner, puzzle, unpruned, budget=3, most=9), calibrate(pruner, puzzle, unpruned, 30.0)]
     for look in seen:
         run.log("seen", 0, {"accuracy": look.accuracy, "kept": look.kept})

@@ -6,7 +6,9 @@ processor, the pictures' names and versions and the first one's pixels, so where
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
+from functools import cached_property
 from pathlib import Path
 from typing import Any, cast
 
@@ -15,6 +17,7 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
+import tprl
 from tprl import processes
 from tprl.checkpoint import load_checkpoint, make_once, save_checkpoint
 from tprl.clock import phase
@@ -29,6 +32,8 @@ from tprl.types import VisualTokens
 
 ANSWER_LIMIT = 32
 """Tokens after which a generated answer is cut off."""
+PICTURES = 8
+"""That are judged at a time with every token kept, with all questions about them."""
 
 
 class EncodedSamples:
@@ -65,7 +70,6 @@ class EncodedSamples:
         for index, sample in enumerate(self.samples):
             self.questions[sample.image_id].append(index)
         self._prompts: dict[int, tuple[list[int], Block]] = {}
-        self._unpruned: AnswerScores | None = None
 
     def __len__(self) -> int:
         return len(self.samples)
@@ -221,29 +225,41 @@ class EncodedSamples:
         sample = self.samples[index]
         return sample.box is None and len(sample.answers) == 1
 
-    @property
+    @cached_property
     def unpruned(self) -> AnswerScores:
-        """Scores of all samples with every token kept; computed once, questions on one picture together, by all
-        processes together."""
-        if self._unpruned is None:
-            text = "\n".join(f"{s.image_id}\t{s.question}\t{s.answers[0]}" for s in self.samples)
-            text += repr(self.template)
-            path = self.folder / f"unpruned-{hashlib.sha256(text.encode()).hexdigest()[:16]}.safetensors"
-            if not path.exists():
-                scores = self._score_everything()
-                if processes.is_first():
-                    make_once(path, lambda: save_checkpoint(path, vars(scores), {}))
-                processes.meet()
-            self._unpruned = AnswerScores(**load_checkpoint(path)[0])
-        return self._unpruned
+        """Scores of all samples with every token kept."""
 
-    def _score_everything(self) -> AnswerScores:
-        log_prob, correct = torch.zeros(len(self)), torch.zeros(len(self), dtype=torch.bool)
-        for start in track(range(0, len(self.image_ids), 8)[processes.mine()], "unpruned answers"):
-            visual, indices, pictures = self.by_picture(self.image_ids[start : start + 8])
-            scores = self.score(indices, visual.tokens, visual.mask[pictures], pictures=pictures)
-            log_prob[indices], correct[indices] = scores.log_prob, scores.correct
-        return AnswerScores(processes.total(log_prob), processes.total(correct.float()).bool())
+        def judge(*asked: Any) -> Tensor:
+            scores = self.score(*asked)
+            return torch.stack([scores.log_prob, scores.correct.float()], 1)
+
+        log_prob, correct = self._with_every_token("scores", 2, judge).unbind(1)
+        return AnswerScores(log_prob, correct.bool())
+
+    @cached_property
+    def accuracy_unpruned(self) -> Tensor:
+        """``accuracy`` of all samples with every token kept."""
+        return self._with_every_token("accuracy", 1, lambda *asked: self.accuracy(*asked)[:, None])[:, 0]
+
+    def _with_every_token(self, name: str, figures: int, judge: Callable[..., Tensor]) -> Tensor:
+        """What ``judge`` says of all samples, float32 ``(len(self), figures)``: kept on disk, and computed by all
+        processes together, of questions on one picture at a time.
+
+        Args:
+            judge: given what ``score`` and ``accuracy`` are given.
+        """
+        about = [tprl.__version__, self.template, [asdict(sample) for sample in self.samples]]
+        path = self.folder / f"{name}-{hashlib.sha256(json.dumps(about).encode()).hexdigest()[:16]}.safetensors"
+        if not processes.agreed(path.exists()):
+            judged = torch.zeros(len(self), figures)
+            for start in track(range(0, len(self.image_ids), PICTURES)[processes.mine()], f"unpruned {name}"):
+                visual, indices, pictures = self.by_picture(self.image_ids[start : start + PICTURES])
+                judged[indices] = judge(indices, visual.tokens, visual.mask[pictures], None, pictures)
+            judged = processes.total(judged)
+            if processes.is_first():
+                make_once(path, lambda: save_checkpoint(path, {name: judged}, {}))
+            processes.meet()
+        return load_checkpoint(path)[0][name]
 
 
 def weights_digest(lvlm: Lvlm) -> str:

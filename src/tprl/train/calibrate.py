@@ -18,7 +18,7 @@ STRIDE = 16
 """Thresholds from one look to the next until one is low enough, a power of two that divides their number. A look costs
 by the tokens that are kept, so that one in the middle of all would cost more than several from above."""
 MOST_LOOKS = len(THRESHOLDS) // STRIDE - 1 + int(math.log2(STRIDE))
-BATCH, PICTURES = 64, 8
+BATCH = 64
 
 
 @dataclass(frozen=True)
@@ -34,15 +34,6 @@ class OneShot:
         return 100 * (self.unpruned - self.accuracy)
 
 
-def unpruned_accuracy(data: EncodedSamples) -> Tensor:
-    """Per sample, with every token kept; questions about one picture together."""
-    scores, own = torch.zeros(len(data)), data.image_ids[processes.mine()]
-    for first in track(range(0, len(own), PICTURES), "unpruned"):
-        visual, indices, pictures = data.by_picture(own[first : first + PICTURES])
-        scores[indices] = data.accuracy(indices, visual.tokens, visual.mask[pictures], pictures=pictures)
-    return processes.total(scores)
-
-
 def one_shot(
     pruner: TokenPruner,
     data: EncodedSamples,
@@ -54,7 +45,7 @@ def one_shot(
     """Prune and answer samples of ``data``; with neither budget nor threshold, by the pruner's own threshold.
 
     Args:
-        unpruned: see ``unpruned_accuracy``.
+        unpruned: their accuracy with every token kept.
         most: how many samples, the first ones; all unless given.
     """
     unpruned = unpruned[:most]

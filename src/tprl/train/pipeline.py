@@ -18,7 +18,7 @@ from tprl.pruner import TokenPruner
 from tprl.run import RunFolder, Stage, fit
 from tprl.train import autoencoder, imitate, ppo
 from tprl.train.autoencoder import autoencoder_stage
-from tprl.train.calibrate import calibrate, one_shot, unpruned_accuracy
+from tprl.train.calibrate import calibrate, one_shot
 from tprl.train.imitate import collect_demonstrations, heuristics, imitate_stage
 from tprl.train.ppo import ppo_stage
 
@@ -70,7 +70,7 @@ def train(
         data = EncodedSamples(lvlm, sources[0], folder, signals)
         held_out = EncodedSamples(lvlm, sources[1], folder)
     _ = data.unpruned
-    unpruned = unpruned_accuracy(held_out)
+    unpruned = held_out.accuracy_unpruned
     if not bool(unpruned.any()):
         warnings.warn(
             f"the unpruned model answers none of the {len(held_out)} validation questions as they are answered there, "

@@ -7,10 +7,9 @@ import torch
 
 from tprl import processes
 from tprl.evaluate.methods import Method
-from tprl.lvlm.cache import EncodedSamples
+from tprl.lvlm.cache import PICTURES_AT_ONCE, EncodedSamples
 from tprl.progress import track
 
-PICTURES_AT_ONCE = 8
 QUESTIONS_AT_ONCE = 64
 
 

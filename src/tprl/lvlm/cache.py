@@ -32,8 +32,8 @@ from tprl.types import VisualTokens
 
 ANSWER_LIMIT = 32
 """Tokens after which a generated answer is cut off."""
-PICTURES = 8
-"""That are judged at a time with every token kept, with all questions about them."""
+PICTURES_AT_ONCE = 8
+"""That are judged together, each with all questions about it."""
 
 
 class EncodedSamples:
@@ -252,8 +252,8 @@ class EncodedSamples:
         path = self.folder / f"{name}-{hashlib.sha256(json.dumps(about).encode()).hexdigest()[:16]}.safetensors"
         if not processes.agreed(path.exists()):
             judged = torch.zeros(len(self), figures)
-            for start in track(range(0, len(self.image_ids), PICTURES)[processes.mine()], f"unpruned {name}"):
-                visual, indices, pictures = self.by_picture(self.image_ids[start : start + PICTURES])
+            for start in track(range(0, len(self.image_ids), PICTURES_AT_ONCE)[processes.mine()], f"unpruned {name}"):
+                visual, indices, pictures = self.by_picture(self.image_ids[start : start + PICTURES_AT_ONCE])
                 judged[indices] = judge(indices, visual.tokens, visual.mask[pictures], None, pictures)
             judged = processes.total(judged)
             if processes.is_first():

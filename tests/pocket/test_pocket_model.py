@@ -1,11 +1,15 @@
 """pocket-llava as a file of differences and as a Hugging Face folder."""
 
+import os
+import subprocess
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
+from launcher import BY_TWO
 from tprl.data import load_source
 from tprl.evaluate.flops import lvlm_flops
 from tprl.pocket.assemble import DELTA, open_lvlm, pocket_llava
@@ -64,6 +68,22 @@ def test_it_loads_as_any_model_of_transformers_and_answers() -> None:
         asked += 1
     assert asked >= 6
     assert right / asked >= 0.7
+
+
+def test_two_processes_put_it_together_once(tmp_path: Path) -> None:
+    script = tmp_path / "both.py"
+    script.write_text(
+        "from tprl import processes\n"
+        "from tprl.pocket.assemble import open_lvlm\n"
+        "with processes.joined('cpu'):\n"
+        "    print(open_lvlm('pocket-llava', 'float32').fingerprint)\n"
+    )
+    environment = {**os.environ, "TPRL_CACHE": str(tmp_path / "cache"), "OMP_NUM_THREADS": "1"}
+    command = [*BY_TWO[:-2], str(script)]
+    outcome = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240, check=False)
+    assert outcome.returncode == 0, outcome.stderr
+    assert outcome.stdout.split() == [open_lvlm("pocket-llava", "float32").fingerprint] * 2
+    assert len(list((tmp_path / "cache").iterdir())) == 1
 
 
 def test_training_and_inference_write_the_same_prompt(base: Any) -> None:

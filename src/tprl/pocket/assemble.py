@@ -4,6 +4,7 @@ import hashlib
 import os
 import shutil
 import tempfile
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -11,7 +12,7 @@ from safetensors.torch import load_file
 
 import tprl
 from tprl import processes
-from tprl.checkpoint import save_tensors
+from tprl.checkpoint import make_once, save_tensors
 from tprl.lvlm.model import Lvlm
 from tprl.pocket.base import image_token_id, load_base
 from tprl.pocket.model import add_delta, new_llava, new_processor
@@ -37,18 +38,19 @@ def pocket_llava() -> Path:
     if not DELTA.is_file():
         raise FileNotFoundError(f"the weights of {NAME} are missing: {DELTA}")
     folder = cache_folder() / f"{NAME}-{hashlib.sha256(DELTA.read_bytes()).hexdigest()[:12]}"
-    if not folder.is_dir():
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        partial = Path(tempfile.mkdtemp(prefix=folder.name, dir=folder.parent))
-        try:
-            assemble(DELTA, partial)
-            partial.rename(folder)
-        except OSError:
-            if not folder.is_dir():  # else another process was faster
-                raise
-        finally:
-            shutil.rmtree(partial, ignore_errors=True)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with processes.first_alone():  # of processes that work together, transformers lets the first alone save a model
+        make_once(folder, partial(_put_together, folder))
     return folder
+
+
+def _put_together(folder: Path) -> None:
+    unfinished = Path(tempfile.mkdtemp(prefix=folder.name, dir=folder.parent))
+    try:
+        assemble(DELTA, unfinished)
+        unfinished.rename(folder)
+    finally:
+        shutil.rmtree(unfinished, ignore_errors=True)
 
 
 def assemble(delta: Path, folder: Path) -> None:

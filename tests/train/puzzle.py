@@ -58,9 +58,6 @@ class Puzzle:
     def accuracy(self, *given: Any, **named: Any) -> Tensor:
         return self.score(*given, **named).correct.float()
 
-    def by_picture(self, image_ids: Sequence[int]) -> tuple[VisualTokens, Sequence[int], Tensor]:
-        return self.visual(image_ids), image_ids, torch.arange(len(image_ids))
-
 
 def make_pruner(seed: int = 0) -> TokenPruner:
     torch.manual_seed(seed)

@@ -12,7 +12,7 @@ from tprl.checkpoint import save_text
 from tprl.evaluate.cell import Cell, score_questions
 from tprl.evaluate.methods import make_methods
 from tprl.evaluate.provenance import write_json
-from tprl.evaluate.statistics import bootstrap_ci95
+from tprl.evaluate.statistics import points_ci95
 from tprl.lvlm.cache import EncodedSamples
 from tprl.lvlm.cut import Positions
 from tprl.pruner import TokenPruner
@@ -66,31 +66,27 @@ def compare(measured: Mapping[str, Mapping[int, Cells]], groups: Mapping[str, st
             cells = {seed: cells[budget] for seed, cells in seeds.items()}
             accuracies = [fmean(cell.scores) for cell in cells.values()]
             others = {seed: part[budget] for seed, part in measured.get(full, {}).items() if seed in cells}
-            differences = [
-                fmean(pairs)
-                for pairs in zip(
-                    *(
-                        [after - before for after, before in zip(cells[seed].scores, other.scores, strict=True)]
-                        for seed, other in others.items()
-                    ),
-                    strict=True,
-                )
-            ]
-            told = bool(differences) and name != full
-            rows.append(
-                {
-                    "group": groups[name],
-                    "row": name,
-                    "seeds": sorted(cells),
-                    "budget": budget,
-                    "kept_mean": fmean([fmean(cell.kept) for cell in cells.values()]),
-                    "accuracy": fmean(accuracies),
-                    "accuracy_sd": stdev(accuracies) if len(accuracies) > 1 else None,
-                    "difference_points": 100 * fmean(differences) if told else None,
-                    "difference_ci95": [100 * end for end in bootstrap_ci95(differences, 0)] if told else None,
-                }
-            )
+            row: dict[str, Any] = {
+                "group": groups[name],
+                "row": name,
+                "seeds": sorted(cells),
+                "budget": budget,
+                "kept_mean": fmean([fmean(cell.kept) for cell in cells.values()]),
+                "accuracy": fmean(accuracies),
+                "accuracy_sd": stdev(accuracies) if len(accuracies) > 1 else None,
+                "difference_points": None,
+                "difference_ci95": None,
+            }
+            if others and name != full:
+                own, theirs = _mean_scores([cells[seed] for seed in others]), _mean_scores([*others.values()])
+                row["difference_points"], row["difference_ci95"] = points_ci95(own, theirs, 0)
+            rows.append(row)
     return rows
+
+
+def _mean_scores(cells: Sequence[Cell]) -> list[float]:
+    """Of every question, over seeds."""
+    return [fmean(scores) for scores in zip(*(cell.scores for cell in cells), strict=True)]
 
 
 def write_ablation(results: dict[str, Any], folder: Path) -> None:

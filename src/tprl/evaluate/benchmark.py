@@ -9,6 +9,7 @@ import json
 import shutil
 from collections.abc import Sequence
 from dataclasses import asdict, replace
+from functools import cached_property
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -165,7 +166,7 @@ class Benchmark:
             if method.name in QUESTION_BLIND
             else score_questions(self.encoded, method, title)
         )
-        return replace(cell, selector_flops=choice_flops(method, self.encoded, self._typical()))
+        return replace(cell, selector_flops=choice_flops(method, self.encoded, self._typical))
 
     def _timed_inputs(self) -> list[BatchFeature]:
         """The first question about each of the first pictures, ready for the model; the first of them only warms up."""
@@ -173,14 +174,16 @@ class Benchmark:
         chosen = chosen if len(chosen) > 1 else 2 * chosen
         return [prompt_inputs(self.lvlm, self.source, self.source.samples[i]) for i in chosen]
 
+    @cached_property
     def _typical(self) -> int:
         """The sample whose prompt has the median length."""
         lengths = [self.encoded.block(i).answer_start for i in range(len(self.encoded))]
         return sorted(range(len(lengths)), key=lambda i: lengths[i])[len(lengths) // 2]
 
+    @cached_property
     def _encoded_tokens(self) -> int:
         """What the vision tower makes of the typical sample's picture."""
-        sample = self.source.samples[self._typical()]
+        sample = self.source.samples[self._typical]
         return encoded_tokens(self.lvlm.model.config, prompt_inputs(self.lvlm, self.source, sample))
 
     # --- results ---------------------------------------------------------------------------------------------
@@ -191,7 +194,7 @@ class Benchmark:
         text = fmean(self.encoded.text_tokens(i) for i in range(len(self.encoded)))
         total = round(fmean(cells["unpruned"].kept))
         counts = method.layer_counts(config.get_text_config().num_hidden_layers, total)
-        encoded = self._encoded_tokens()
+        encoded = self._encoded_tokens
         whole = lvlm_flops(config, total, round(text), encoded_tokens=encoded).total
         entering = total if counts else round(kept)
         pruned = lvlm_flops(config, entering, round(text), counts, encoded_tokens=encoded)

@@ -7,7 +7,7 @@ import torch
 
 from tprl import processes
 from tprl.evaluate.methods import Method
-from tprl.lvlm.cache import PICTURES_AT_ONCE, EncodedSamples
+from tprl.lvlm.cache import EncodedSamples
 from tprl.progress import track
 
 QUESTIONS_AT_ONCE = 64
@@ -31,9 +31,7 @@ class Cell:
 def score_pictures(encoded: EncodedSamples, method: Method | None, title: str, blind: bool = False) -> Cell:
     """All questions about a picture see the same tokens: those that ``method`` keeps, or all, or none."""
     scores, kept = torch.zeros(len(encoded)), torch.zeros(len(encoded), dtype=torch.int64)
-    image_ids = encoded.image_ids
-    for start in track(range(0, len(image_ids), PICTURES_AT_ONCE)[processes.mine()], title):
-        visual, indices, pictures = encoded.by_picture(image_ids[start : start + PICTURES_AT_ONCE])
+    for visual, indices, pictures in encoded.in_turns(title):
         tokens, keep_mask = visual.tokens, visual.mask
         if blind:
             tokens, keep_mask = tokens[:, :0], keep_mask[:, :0]

@@ -6,7 +6,7 @@ processor, the pictures' names and versions and the first one's pixels, so where
 
 import hashlib
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
 from functools import cached_property
 from pathlib import Path
@@ -19,7 +19,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 import tprl
 from tprl import processes
-from tprl.checkpoint import load_checkpoint, make_once, save_checkpoint
+from tprl.checkpoint import load_checkpoint, save_checkpoint
 from tprl.clock import phase
 from tprl.data.sample import Sample, Source
 from tprl.lvlm.model import EncodedPicture, Lvlm
@@ -93,6 +93,11 @@ class EncodedSamples:
         rows = [row for row, questions in enumerate(asked) for _ in questions]
         visual = self.visual([questions[0] for questions in asked])
         return visual, [i for questions in asked for i in questions], torch.tensor(rows)
+
+    def in_turns(self, title: str) -> Iterator[tuple[VisualTokens, list[int], Tensor]]:
+        """This process's share of all samples, some pictures at a time; see ``by_picture``."""
+        for start in track(range(0, len(self.image_ids), PICTURES_AT_ONCE)[processes.mine()], title):
+            yield self.by_picture(self.image_ids[start : start + PICTURES_AT_ONCE])
 
     def features(self, image_id: str) -> EncodedPicture:
         """One picture as the language model is shown it."""
@@ -252,12 +257,11 @@ class EncodedSamples:
         path = self.folder / f"{name}-{hashlib.sha256(json.dumps(about).encode()).hexdigest()[:16]}.safetensors"
         if not processes.agreed(path.exists()):
             judged = torch.zeros(len(self), figures)
-            for start in track(range(0, len(self.image_ids), PICTURES_AT_ONCE)[processes.mine()], f"unpruned {name}"):
-                visual, indices, pictures = self.by_picture(self.image_ids[start : start + PICTURES_AT_ONCE])
+            for visual, indices, pictures in self.in_turns(f"unpruned {name}"):
                 judged[indices] = judge(indices, visual.tokens, visual.mask[pictures], None, pictures)
             judged = processes.total(judged)
             if processes.is_first():
-                make_once(path, lambda: save_checkpoint(path, {name: judged}, {}))
+                save_checkpoint(path, {name: judged}, {})
             processes.meet()
         return load_checkpoint(path)[0][name]
 

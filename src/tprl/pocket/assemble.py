@@ -45,6 +45,7 @@ def pocket_llava() -> Path:
 
 
 def _put_together(folder: Path) -> None:
+    """``assemble`` the shipped model into ``folder``, whole or not at all."""
     unfinished = Path(tempfile.mkdtemp(prefix=folder.name, dir=folder.parent))
     try:
         assemble(DELTA, unfinished)

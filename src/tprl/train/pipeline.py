@@ -106,15 +106,13 @@ def train(
         _save(pruner, run.folder / "stages" / name)
         if name != autoencoder.NAME and not run.logged(f"after-{name}"):
             run.log(f"after-{name}", 0, _look_at(pruner, held_out, unpruned))
-    if not calibrated:
-        processes.meet()  # all of them will find the last stage there
-        return pruner
-    result = calibrate(pruner, held_out, unpruned, config.max_drop)
-    _save(pruner, run.folder / "pruner")
-    processes.meet()  # all of them will find it there
-    if not run.logged("calibrated"):
-        figures = {"threshold": pruner.config.threshold, "kept": result.kept, "drop_points": result.drop_points}
-        run.log("calibrated", 0, figures)
+    if calibrated:
+        result = calibrate(pruner, held_out, unpruned, config.max_drop)
+        _save(pruner, run.folder / "pruner")
+        if not run.logged("calibrated"):
+            figures = {"threshold": pruner.config.threshold, "kept": result.kept, "drop_points": result.drop_points}
+            run.log("calibrated", 0, figures)
+    processes.meet()  # all of them will find there what the first one saved
     return pruner
 
 

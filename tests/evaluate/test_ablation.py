@@ -24,7 +24,7 @@ SETTINGS = [
     "--set.imitate.batch", 8, "--set.imitate.budgets", 8, 4, 2, "--set.imitate.search-rounds", 1,
     "--set.ppo.epochs", 2, "--set.ppo.questions", 4, "--set.ppo.rollouts", 2,
 ]  # fmt: skip
-NAMES = ("full", "demonstrations-only", "ppo-only", "steps-3", "compact-positions")
+NAMES = ("full", "demonstrations-only", "ppo-only", "steps-3", "no-novelty", "compact-positions")
 MACHINE = {"cpu": "A", "dtype": "float32", "torch": "2"}
 
 
@@ -61,7 +61,7 @@ def test_every_row_changes_what_it_says_and_nothing_else() -> None:
     assert ROWS[FULL].settings(config) == config
     seen = set()
     for name, row in ROWS.items():
-        settings = (row.settings(config), row.stages, row.positions)
+        settings = (row.settings(config), row.stages, str(row.choice), row.positions)
         assert settings not in seen, name
         seen.add(settings)
     assert ROWS["steps-2"].settings(config) == replace(config, ppo=replace(config.ppo, horizon=2))
@@ -116,16 +116,23 @@ def test_the_recipe_trains_measures_and_goes_on(world: Path) -> None:
     full, compact = cells["full"], cells["compact-positions"]  # the same tokens, elsewhere
     assert [part["kept"] for part in full] == [part["kept"] for part in compact]
     assert [part["scores"] for part in full] != [part["scores"] for part in compact]
-    # all but ppo-only share one imitation; PPO follows by itself, and compact-positions has that of full
+    # all but ppo-only share one imitation; PPO is by itself; no-novelty and compact-positions have that of full
     runs = {path.parent.name: json.loads(path.read_text()) for path in out.glob("trainings/*/config.json")}
     stages = sorted(tuple(run["stages"]) for run in runs.values())
-    assert stages == [("autoencoder", "imitate"), ("autoencoder", "ppo"), ("ppo",), ("ppo",)]
+    assert stages == [(), ("autoencoder", "imitate"), ("autoencoder", "ppo"), ("ppo",), ("ppo",)]
+    unnovel = next(out / "trainings" / name for name, run in runs.items() if not run["stages"])
+    full_run = out / "trainings" / runs[unnovel.name]["start"]
+    weights = [(run / "pruner" / "pruner.safetensors").read_bytes() for run in (unnovel, full_run)]
+    assert weights[0] == weights[1]
+    novelty = [json.loads((run / "pruner" / "pruner.json").read_text())["novelty"] for run in (unnovel, full_run)]
+    assert novelty == [0.0, 2.0]
+    assert [part["scores"] for part in full] != [part["scores"] for part in cells["no-novelty"]]
     before = {path: path.stat().st_mtime_ns for path in out.rglob("*.safetensors")}
     again = ablate(world, "--rows", "full,demonstrations-only", "--seeds", "0,3", "--resume")
     assert again.returncode == 0, again.stderr
     assert all(path.stat().st_mtime_ns == time for path, time in before.items())
     rows = written(world)["rows"]
-    assert [row["seeds"] for row in rows if row["budget"] == 2] == [[0, 3], [0, 3], [0], [0], [0]]
+    assert [row["seeds"] for row in rows if row["budget"] == 2] == [[0, 3], [0, 3], [0], [0], [0], [0]]
     (world / "out" / "mine.txt").write_text("kept")
     for path in (world / "out" / "cells").glob("*@3.json"):
         path.write_text(path.read_text().replace('"commit": "', '"commit": "earlier-'))

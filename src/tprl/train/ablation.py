@@ -32,6 +32,7 @@ class Row:
         group: what the row is about.
         stages: that are trained.
         pruner: settings of the pruner in the place of those of the row "full".
+        choice: the same where they act on the choice of tokens alone: only the threshold is found anew.
         imitate: the same of the imitation.
         ppo: the same of PPO.
         positions: of the kept tokens when the row is measured.
@@ -40,12 +41,13 @@ class Row:
     group: str
     stages: tuple[str, ...] = STAGES
     pruner: Mapping[str, Any] = field(default_factory=dict)
+    choice: Mapping[str, Any] = field(default_factory=dict)
     imitate: Mapping[str, Any] = field(default_factory=dict)
     ppo: Mapping[str, Any] = field(default_factory=dict)
     positions: Positions = "original"
 
     def settings(self, full: TrainConfig) -> TrainConfig:
-        """The row's own settings, from those of the row "full"."""
+        """What the row is trained with, from the settings of the row "full"."""
         return replace(
             full,
             pruner=replace(full.pruner, **self.pruner),
@@ -69,7 +71,7 @@ ROWS: dict[str, Row] = {
     **{f"steps-{horizon}": Row("episode", ppo={"horizon": horizon}) for horizon in (2, 3)},
     "sparse-score": Row("reward", ppo={"score": "correct"}),
     "critic": Row("reward", ppo={"baseline": "critic"}),
-    "no-novelty": Row("choice", pruner={"novelty": 0.0}),
+    "no-novelty": Row("choice", choice={"novelty": 0.0}),
     "compact-positions": Row("positions", positions="compact"),
 }
 """All rows. "full" is the default: three teachers compete through three budgets, T = 1, dense score, group baseline,
@@ -93,9 +95,11 @@ def train_row(
     """
     config = row.settings(config)
     pruner, made_from = None, ""
-    parts = _parts(row.stages)
+    parts = _parts(row)
     for stages in parts:
         part = config if ppo.NAME in stages else replace(config, ppo=_reward_only(config.ppo))
+        if not stages:
+            part = replace(part, pruner=replace(part.pruner, **row.choice))
         settings = {
             "model": weights_digest(lvlm), "samples": [samples_digest(source) for source in sources],
             "settings": asdict(part), "stages": stages, "start": made_from,
@@ -106,17 +110,19 @@ def train_row(
         if (trained / CONFIG).exists():
             pruner = TokenPruner.from_pretrained(trained, lvlm.fingerprint)
         else:
+            if pruner:
+                pruner.config = replace(pruner.config, **asdict(part.pruner))
             own = RunFolder(run, settings, resume=True)
             pruner = train(own, lvlm, sources, part, stages, pruner, cache, calibrated=last)
     assert pruner is not None
     return pruner
 
 
-def _parts(stages: tuple[str, ...]) -> list[tuple[str, ...]]:
-    """The trainings one after the other: PPO by itself where it follows an imitation that other rows share."""
-    if stages == STAGES:
-        return [stages[:-1], stages[-1:]]
-    return [stages]
+def _parts(row: Row) -> list[tuple[str, ...]]:
+    """The trainings one after the other: PPO by itself where it follows an imitation that other rows share, and by
+    itself, without any stage, what chooses otherwise with what others have learnt."""
+    parts = [row.stages[:-1], row.stages[-1:]] if row.stages == STAGES else [row.stages]
+    return [*parts, ()] if row.choice else parts
 
 
 def _reward_only(settings: PpoStage) -> PpoStage:

@@ -219,10 +219,9 @@ class EncodedSamples:
             keep_mask: bool ``(B, N)``.
             within: drops more tokens inside the language model.
         """
-        blocks = [self.block(i) for i in indices]
-        prompts = [block.ids[: block.answer_start] for block in blocks]
-        prefix, end = self.prefix(indices, tokens.shape[1] > 0), blocks[0].ids[-1]
-        ids = self.scorer.generate(prefix, tokens, keep_mask, prompts, end, ANSWER_LIMIT, within)
+        prompts = [block.ids[: block.answer_start] for block in map(self.block, indices)]
+        prefix = self.prefix(indices, tokens.shape[1] > 0)
+        ids = self.scorer.generate(prefix, tokens, keep_mask, prompts, self.lvlm.end_id, ANSWER_LIMIT, within)
         tokenizer = cast(Any, self.lvlm.processor).tokenizer
         return [tokenizer.decode(answer, skip_special_tokens=True) for answer in ids]
 

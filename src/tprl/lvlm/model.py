@@ -150,15 +150,15 @@ class Lvlm:
 
     @torch.no_grad()
     def question_embeds(self, questions: list[str]) -> tuple[Tensor, Tensor]:
-        """Input embeddings of the questions' own tokens: without chat template or special tokens, and without words
-        that the template holds too, since in a prompt they cannot be told from the template's.
+        """Input embeddings of the questions' own tokens, as they are in a prompt: without chat template or special
+        tokens, and without words that the template holds too, since they cannot be told from the template's.
 
         Returns:
             ``(B, Q, D)`` in the model's dtype, zero where padded, and the bool mask ``(B, Q)``.
         """
-        tokenizer = self._tokenizer()
-        whole = [tokenizer(question, add_special_tokens=False)["input_ids"] for question in questions]
-        ids = [torch.tensor([i for i in row if i not in self.template_ids], dtype=torch.int64) for row in whole]
+        others = self.template_ids | {self.model.config.image_token_id}
+        prompts = [sum(self.prompt_ids(question), []) for question in questions]
+        ids = [torch.tensor([i for i in row if i not in others], dtype=torch.int64) for row in prompts]
         mask = pad_sequence([torch.ones(len(row), dtype=torch.bool) for row in ids], batch_first=True).to(self.device)
         padded = pad_sequence(ids, batch_first=True).to(self.device)
         return self.model.get_input_embeddings()(padded) * mask[..., None], mask
@@ -176,8 +176,8 @@ class Lvlm:
 
         Args:
             question: asked about the picture, which stands before it.
-            answer: appended with the end of its turn, tokenised apart from the prompt; then the second list begins
-                with what it is without an answer. None: the prompt alone, ready for generation.
+            answer: appended with the end of its turn; the second list begins with what it is without an answer. None:
+                the prompt alone, ready for generation.
             shown: ``EncodedPicture.text`` of the picture; that of an empty square one unless given.
 
         Returns:
@@ -193,8 +193,11 @@ class Lvlm:
         whole = prompt.replace(placeholder, self._empty_square if shown is None else shown)
         bos = tokenizer.bos_token is not None and prompt.startswith(tokenizer.bos_token)
         ids = tokenizer(whole, add_special_tokens=not bos)["input_ids"]
+        answered = tokenizer(whole + ending, add_special_tokens=not bos)["input_ids"]
+        if answered[: len(ids)] != ids:  # the answer would melt into the end of the prompt
+            answered = ids + tokenizer(ending, add_special_tokens=False)["input_ids"]
         behind = max(i for i, token in enumerate(ids) if token == self.model.config.image_token_id) + 1
-        return ids[:behind], ids[behind:] + tokenizer(ending, add_special_tokens=False)["input_ids"]
+        return ids[:behind], answered[behind:]
 
     def _dialogue(self, question: str, answer: str | None) -> tuple[str, str]:
         """A prompt as it is tokenised, its picture as one placeholder, and the answer with the end of its turn."""
@@ -202,14 +205,35 @@ class Lvlm:
             tokenizer = self._tokenizer()
             prompt = self.family.prompt.format(image=self._placeholder, bos=tokenizer.bos_token, question=question)
             return prompt, "" if answer is None else f"{answer}{tokenizer.eos_token}"
-        prompt = self.prompt_text(question)
         if answer is None:
-            return prompt, ""
+            return self.prompt_text(question), ""
+        prompt, said = self._turn(question, answer)
+        closing, end = self._closing
+        return prompt, said.removesuffix(closing) + end
+
+    def _turn(self, question: str, answer: str) -> tuple[str, str]:
+        """A prompt and what the chat template makes of the answer, without the blanks behind it."""
+        prompt = self.prompt_text(question)
         turn = {"role": "assistant", "content": [{"type": "text", "text": answer}]}
         whole = self._chat([_asked(question), turn], add_generation_prompt=False).rstrip()
         if not whole.startswith(prompt):
             raise ValueError(f"the chat template rewrites the prompt {prompt!r} when an answer follows: {whole!r}")
         return prompt, whole.removeprefix(prompt)
+
+    @cached_property
+    def _closing(self) -> tuple[str, str]:
+        """What the chat template writes behind an answer, and what ends it: the same if that is one token, else the end
+        of the sequence, which templates of LLaVA leave out or spell in characters that the model never learnt to say.
+        """
+        tokenizer = self._tokenizer()
+        closing = self._turn("?", "!")[1].rpartition("!")[2]
+        one = len(tokenizer(closing.strip(), add_special_tokens=False)["input_ids"]) == 1
+        return closing, closing if one else str(tokenizer.eos_token)
+
+    @cached_property
+    def end_id(self) -> int:
+        """Id of the token that ends an answer."""
+        return self.prompt_ids("?", "!")[1][-1]
 
     def visual_tokens(self, features: Sequence[ImageFeatures], questions: list[str]) -> VisualTokens:
         """One padded batch of pictures, each with its question."""

@@ -125,6 +125,29 @@ def test_a_picture_without_a_question_is_pruned(tiny: Tiny) -> None:
     ] == [4]
 
 
+@pytest.mark.parametrize("method", ["cdpruner", FastV(1)])
+def test_an_answer_with_labels_decides_nothing(tiny: Tiny, method: Any) -> None:
+    """Kept is what is kept for the prompt alone; labels of the whole prompt tell no answer from it."""
+    inputs = tiny.batch([2, "I", 6], [1, "I", 7])
+    prompt = {name: part if name == "pixel_values" else part[:, :-2] for name, part in inputs.items()}
+    labels = torch.full_like(inputs["input_ids"], -100)
+    labels[:, -2:] = 0
+
+    def called(**inputs: torch.Tensor) -> list[list[int]]:
+        with tprl.prune(tiny.model, method, budget=4, template_ids=frozenset()) as pruning, torch.no_grad():
+            tiny.model(**inputs)
+        return [picture.indices.tolist() for row in pruning.kept for picture in row]
+
+    alone, unlike = called(**prompt), 0
+    for answer in range(5, 35):
+        inputs["input_ids"][:, -2:] = answer
+        assert called(**inputs, labels=labels) == alone
+        whole = called(**inputs)
+        assert called(**inputs, labels=inputs["input_ids"]) == whole
+        unlike += whole != alone
+    assert unlike
+
+
 def test_a_model_in_training_stays_in_training(tiny: Tiny) -> None:
     tiny.model.train()
     with tprl.prune(tiny.model, pruner_for(tiny), budget=4, processor=processor_of("llava")):

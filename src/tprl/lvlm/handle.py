@@ -189,6 +189,15 @@ def refuse(inputs: Mapping[str, Any]) -> None:
         raise ValueError("a pruned model does not take new pictures on a filled cache; start again without the cache")
 
 
+def unanswered(text: Tensor, inputs: Mapping[str, Any]) -> Tensor:
+    """Of bool ``text (B, L)`` what stands before a row's first label, so that no answer decides what is kept; all of a
+    row whose labels begin before its text."""
+    if (labels := inputs.get("labels")) is None:
+        return text
+    before = text & (labels == -100).cumprod(1).bool()
+    return before | (text & ~before.any(1, keepdim=True))
+
+
 def samples_of(pictures: list[ImageFeatures], placeholder: Tensor) -> Tensor:
     """The row of ``placeholder (B, L)`` in which each picture stands, int64 on the CPU.
 

@@ -19,7 +19,7 @@ from transformers.utils.generic import ModelOutput
 
 from tprl.lvlm.cut import Choice, Cut, Positions, contained, cut_features, cut_of, shortened
 from tprl.lvlm.families import family_of
-from tprl.lvlm.handle import Handle, check_amount, kept_of, named, refuse, refuse_videos, samples_of
+from tprl.lvlm.handle import Handle, check_amount, kept_of, named, refuse, refuse_videos, samples_of, unanswered
 from tprl.lvlm.model import ImageFeatures, collate, encode, split_pictures
 from tprl.lvlm.past import Past, past_of, remember
 from tprl.lvlm.signals import recorded_tower
@@ -266,6 +266,7 @@ def _choose(
     text = ~placeholder & ~torch.isin(ids, torch.tensor(_no_question(model, pruning), device=ids.device))
     if (mask := inputs.get("attention_mask")) is not None:
         text &= mask.bool()
+    text = unanswered(text, inputs)
     questions = pad_sequence([row[asked] for row, asked in zip(ids, text, strict=True)], batch_first=True)
     asked = torch.arange(questions.shape[1], device=ids.device) < text.sum(1, keepdim=True)
     query = model.get_input_embeddings()(questions) * asked[..., None]

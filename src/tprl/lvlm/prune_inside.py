@@ -14,7 +14,7 @@ from torch import Tensor
 from transformers import Cache, PreTrainedModel
 from transformers.utils.generic import ModelOutput
 
-from tprl.lvlm.handle import Handle, check_amount, kept_of, named, refuse, refuse_videos, samples_of
+from tprl.lvlm.handle import Handle, check_amount, kept_of, named, refuse, refuse_videos, samples_of, unanswered
 from tprl.lvlm.in_model import Dropping, dropping, resumed
 from tprl.lvlm.model import ImageFeatures, encode, split_pictures
 from tprl.selectors.stages import InModel
@@ -38,17 +38,20 @@ class InsidePruning(Handle):
 
 @dataclass
 class _Prompt:
-    """Prompts with pictures: where the visual tokens ``(B, L)`` and the last tokens ``(B,)`` stand."""
+    """Prompts with pictures: where the visual tokens ``(B, L)`` and the last tokens before an answer ``(B,)`` stand."""
 
     pictures: list[ImageFeatures]
     visual: Tensor
     last: Tensor
 
     @classmethod
-    def of(cls, model: PreTrainedModel, pictures: list[ImageFeatures], ids: Tensor, mask: Tensor | None) -> "_Prompt":
-        mask = torch.ones_like(ids) if mask is None else mask
-        places = torch.arange(ids.shape[1], device=ids.device)
-        return cls(pictures, ids == model.config.image_token_id, (mask * places).argmax(1))
+    def of(cls, model: PreTrainedModel, pictures: list[ImageFeatures], inputs: Mapping[str, Any]) -> "_Prompt":
+        ids = inputs["input_ids"]
+        visual, places = ids == model.config.image_token_id, torch.arange(ids.shape[1], device=ids.device)
+        behind = places >= (visual * places).amax(1, keepdim=True)
+        if (mask := inputs.get("attention_mask")) is not None:
+            behind &= mask.bool()
+        return cls(pictures, visual, (unanswered(behind, inputs) * places).argmax(1))
 
 
 @dataclass
@@ -109,7 +112,7 @@ def _forward(model: PreTrainedModel, pruning: InsidePruning, *args: Any, **kwarg
     if "pixel_values" in inputs:
         refuse(inputs)
         pictures, output = encode(model, inputs)
-        prompt = _Prompt.of(model, pictures, inputs["input_ids"], inputs.get("attention_mask"))
+        prompt = _Prompt.of(model, pictures, inputs)
         inputs = {name: value for name, value in inputs.items() if name not in ("pixel_values", "pixel_attention_mask")}
         inputs["mm_encoder_outputs"] = {"image": output}
     elif generation is not None and generation.prompt is not None:
@@ -166,7 +169,7 @@ def _expand(
     if generation is not None and output is not None and input_ids is not None:
         inputs = {**generation.inputs, **kwargs, "input_ids": input_ids}
         pictures = split_pictures(model, inputs, output.pooler_output, {})
-        generation.prompt = _Prompt.of(model, pictures, input_ids, kwargs.get("attention_mask"))
+        generation.prompt = _Prompt.of(model, pictures, inputs)
         generation.times = expand_size
     original = pruning.original("_expand_inputs_for_generation")
     return cast(tuple[Tensor, dict[str, Any]], original(expand_size, is_encoder_decoder, input_ids, **kwargs))

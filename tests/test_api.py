@@ -3,6 +3,7 @@
 import subprocess
 import sys
 import tomllib
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -75,6 +76,10 @@ def test_a_token_pruner_prunes_the_model_that_it_was_trained_for(tiny: Tiny, tmp
         indices = kept(tiny.model, inputs, pruner, threshold=0.3, template_ids=frozenset())
     assert indices == [(row > 0.3).nonzero()[:, 0].tolist() or [int(row.argmax())] for row in probs[0]]
     assert 0 < len(indices[0]) < 16
+    pruner.config = replace(pruner.config, threshold=0.3)
+    assert kept(tiny.model, inputs, pruner, template_ids=frozenset()) == indices
+    with pytest.raises(ValueError, match="exactly one of budget, keep_ratio and threshold; got none"):
+        tprl.prune(tiny.model, "divprune")
 
     other = make("paligemma").model
     with pytest.raises(ValueError, match=r"trained for another model \(width 16, fingerprint [0-9a-f]{16}\)"):

@@ -200,7 +200,7 @@ def advance(module: nn.Module, optimizer: torch.optim.Optimizer, steps: range) -
 def test_the_next_step_after_a_round_trip_is_the_same(tmp_path: Path, with_optimizer: bool) -> None:
     straight, optimizer = training()
     advance(straight, optimizer, range(3))
-    saved = prefixed(straight.state_dict().items(), "module.") | optimizer_tensors(optimizer)
+    saved = prefixed(straight.state_dict(), "module.") | optimizer_tensors(optimizer)
     save_checkpoint(tmp_path / "a.safetensors", saved, {"step": 3})
     advance(straight, optimizer, range(3, 6))
 
@@ -212,19 +212,6 @@ def test_the_next_step_after_a_round_trip_is_the_same(tmp_path: Path, with_optim
     advance(resumed, fresh, range(3, 6))
     same = [torch.equal(*pair) for pair in zip(straight.parameters(), resumed.parameters(), strict=True)]
     assert all(same) == with_optimizer  # and without the optimizer's state it would not be the same
-
-
-def test_two_optimizers_side_by_side() -> None:
-    (first, one), (second, two) = training(), training()
-    advance(first, one, range(2))
-    advance(second, two, range(2, 7))
-    saved = optimizer_tensors(one, "actor.") | optimizer_tensors(two, "critic.")
-    _, fresh = training()
-    load_optimizer(fresh, saved, "critic.")
-    state, expected = fresh.state_dict()["state"], two.state_dict()["state"]
-    assert state.keys() == expected.keys()
-    assert all(torch.equal(state[i][key], expected[i][key]) for i in state for key in expected[i])
-    assert state[0]["step"] == 5
 
 
 def test_learning_rates_are_those_of_the_new_optimizer() -> None:

@@ -17,6 +17,8 @@ from tprl.config import AutoencoderStage, ImitateStage, PpoStage, PrunerShape, T
         (ImitateStage, {"budgets": (16, 0)}, r"got \(16, 0\)"),
         (ImitateStage, {"budgets": ()}, r"got \(\)"),
         (PpoStage, {"rollouts": 1}, "rollouts has to be at least 2, got 1"),
+        (PpoStage, {"baseline": "grup"}, "baseline has to be one of group, critic, got 'grup'"),
+        (PpoStage, {"score": "right"}, "score has to be one of log_likelihood, correct, got 'right'"),
         (PpoStage, {"discount": 1.5}, r"discount has to lie in \(0, 1\], got 1.5"),
         (PrunerShape, {"latent": 0}, "latent has to be at least 1, got 0"),
         (PrunerShape, {"novelty": -1.0}, "novelty has to be at least 0, got -1.0"),

@@ -246,6 +246,7 @@ def test_a_name_on_the_hub(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Non
             r"unknown settings \[\], missing settings \['latent'\]",
         ),
         (lambda s: [s], "has to hold a JSON object"),
+        (lambda s: s | {"latent": "8"}, "pruner.json holds a setting of another type: '<' not supported between"),
         (lambda s: s | {"latent": 6}, "does not fit its settings"),
         (lambda s: s | {"width": 13}, "does not fit its settings"),
         (lambda s: s | {"policy_layers": 2}, "does not fit its settings"),

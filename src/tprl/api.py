@@ -38,7 +38,8 @@ def prune(
         budget: visual tokens to keep of every picture. Inside the language model the pictures of a prompt share as many
             as that makes together.
         keep_ratio: share of the visual tokens to keep, in (0, 1].
-        threshold: keep what a ``TokenPruner`` gives more than this probability, in [0, 1].
+        threshold: keep what a ``TokenPruner`` gives more than this probability, in [0, 1]; its calibrated one where no
+            amount is given.
         positions: "original": kept tokens stay at their position ids. "compact": position ids count what is left; not
             for methods that act inside the language model.
         processor: the model's own, by whose chat template the question's own tokens are told from the rest.
@@ -73,7 +74,14 @@ def prune(
     if processor is not None and template_ids is None:
         template_ids = Lvlm(model, processor).template_ids
     if isinstance(chosen, TokenPruner):
-        _check_fit(chosen, model)
+        chosen.check_fits(Lvlm(model).fingerprint)
+        if chosen.token_mean.device != model.device:
+            raise ValueError(
+                f"the pruner is on {chosen.token_mean.device}, the model on {model.device}; move it by "
+                "pruner.to(model.device)"
+            )
+        if budget is None and keep_ratio is None and threshold is None:
+            threshold = chosen.config.threshold
     if isinstance(chosen, TokenPruner | CDPruner) and template_ids is None:
         raise ValueError(
             f"{chosen.name} reads the question's own tokens: give the model's own as processor=, or the ids of the "
@@ -88,18 +96,3 @@ def prune(
         positions=positions,
         template_ids=template_ids or frozenset(),
     )
-
-
-def _check_fit(pruner: TokenPruner, model: PreTrainedModel) -> None:
-    """Raise ValueError unless ``pruner`` was trained for ``model`` and stands where it does."""
-    fingerprint = Lvlm(model).fingerprint
-    if pruner.config.fingerprint != fingerprint:
-        raise ValueError(
-            f"the pruner was trained for another model (width {pruner.config.width}, fingerprint "
-            f"{pruner.config.fingerprint}) than this one ({fingerprint}); train one with `tprl train --model ...`"
-        )
-    if pruner.token_mean.device != model.device:
-        raise ValueError(
-            f"the pruner is on {pruner.token_mean.device}, the model on {model.device}; move it by "
-            "pruner.to(model.device)"
-        )

@@ -4,7 +4,7 @@ import hashlib
 import json
 import os
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -106,19 +106,24 @@ def load_checkpoint(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     return tensors, json.loads(text)
 
 
-def optimizer_tensors(optimizer: torch.optim.Optimizer, prefix: str = "optimizer.") -> dict[str, Tensor]:
+def optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
     """An optimizer's state as named tensors."""
     state = optimizer.state_dict()["state"]
-    return {f"{prefix}{index}.{key}": value for index, slots in state.items() for key, value in slots.items()}
+    return {f"optimizer.{index}.{key}": value for index, slots in state.items() for key, value in slots.items()}
 
 
-def load_optimizer(optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor], prefix: str = "optimizer.") -> None:
+def load_optimizer(optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor]) -> None:
     """The inverse of ``optimizer_tensors``; learning rates stay those of ``optimizer``."""
     state: dict[int, dict[str, Tensor]] = {}
-    for name, tensor in with_prefix(tensors, prefix).items():
+    for name, tensor in with_prefix(tensors, "optimizer.").items():
         index, key = name.split(".", 1)
         state.setdefault(int(index), {})[key] = tensor
     optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
+
+
+def prefixed(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    """The tensors with ``prefix`` put before every name."""
+    return {prefix + name: tensor for name, tensor in tensors.items()}
 
 
 def with_prefix(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
@@ -137,8 +142,3 @@ def _digest(tensors: dict[str, Tensor]) -> str:
 def _header_digest(tensors: dict[str, Tensor], meta: str) -> str:
     shapes = [(name, str(tensor.dtype), list(tensor.shape)) for name, tensor in sorted(tensors.items())]
     return hashlib.sha256(json.dumps([shapes, meta]).encode()).hexdigest()
-
-
-def prefixed(tensors: Iterable[tuple[str, Tensor]], prefix: str) -> dict[str, Tensor]:
-    """Named tensors with ``prefix`` put before every name."""
-    return {prefix + name: tensor for name, tensor in tensors}

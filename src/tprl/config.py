@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
-from typing import Literal
+from typing import Literal, get_args
 
 
 def _at_least(least: int, settings: object, names: Sequence[str]) -> None:
@@ -123,6 +123,10 @@ class ImitateStage:
             raise ValueError(f"budgets have to fall and to be at least 1, got {self.budgets}")
 
 
+Score = Literal["log_likelihood", "correct"]
+Baseline = Literal["group", "critic"]
+
+
 @dataclass(frozen=True)
 class PpoStage:
     """Stage 3: PPO on the joint reward of accuracy and efficiency.
@@ -156,8 +160,8 @@ class PpoStage:
     discount: float = 0.9
     alpha: float = 1.0
     beta: float = 0.5
-    score: Literal["log_likelihood", "correct"] = "log_likelihood"
-    baseline: Literal["group", "critic"] = "group"
+    score: Score = "log_likelihood"
+    baseline: Baseline = "group"
     gamma: float = 0.5
     gae_lambda: float = 0.95
     minibatch: int = 512
@@ -172,6 +176,9 @@ class PpoStage:
     def __post_init__(self) -> None:
         _at_least(0, self, ["epochs"])
         _at_least(1, self, ["questions", "horizon", "minibatch", "update_epochs"])
+        for name, allowed in (("score", get_args(Score)), ("baseline", get_args(Baseline))):
+            if getattr(self, name) not in allowed:
+                raise ValueError(f"{name} has to be one of {', '.join(allowed)}, got {getattr(self, name)!r}")
         _at_least(2 if self.baseline == "group" else 1, self, ["rollouts"])
         if not 0 < self.discount <= 1:
             raise ValueError(f"discount has to lie in (0, 1], got {self.discount}")

@@ -141,6 +141,14 @@ class TokenPruner(nn.Module):
                 f"{visual.tokens.shape[-1]}"
             )
 
+    def check_fits(self, fingerprint: str) -> None:
+        """Raise ValueError unless the pruner was trained for a model of this ``Lvlm.fingerprint``."""
+        if fingerprint != self.config.fingerprint:
+            raise ValueError(
+                f"the pruner was trained for another model (width {self.config.width}, fingerprint "
+                f"{self.config.fingerprint}) than this one ({fingerprint}); train one with `tprl train --model ...`"
+            )
+
     def save_pretrained(self, folder: str | Path) -> None:
         """Write ``pruner.safetensors`` and ``pruner.json`` into ``folder``; either file appears whole or not at all.
 
@@ -163,7 +171,7 @@ class TokenPruner(nn.Module):
         Raises:
             FileNotFoundError: the folder lacks one of the two files.
             ValueError: unknown or missing settings or weights, or another model's fingerprint.
-            DamagedCheckpoint: a file is truncated or altered.
+            DamagedCheckpoint: a file is truncated.
         """
         folder = Path(name_or_path)
         if not folder.is_dir():
@@ -185,13 +193,12 @@ class TokenPruner(nn.Module):
                 f"{folder / CONFIG}: unknown settings {sorted(settings.keys() - known)}, "
                 f"missing settings {sorted(known - settings.keys())}"
             )
-        config = PrunerConfig(**settings)
-        if fingerprint is not None and fingerprint != config.fingerprint:
-            raise ValueError(
-                f"the pruner in {folder} was trained for another model (width {config.width}, fingerprint "
-                f"{config.fingerprint}) than this one ({fingerprint}); train one for it with `tprl train --model ...`"
-            )
-        pruner = cls(config)
+        try:
+            pruner = cls(PrunerConfig(**settings))
+        except TypeError as error:
+            raise ValueError(f"{folder / CONFIG} holds a setting of another type: {error}") from error
+        if fingerprint is not None:
+            pruner.check_fits(fingerprint)
         try:
             weights = load_file(folder / WEIGHTS)
         except SafetensorError as error:

@@ -133,7 +133,7 @@ class RunFolder:
         if not processes.is_first():
             return
         reach_disk(self.folder / "metrics.jsonl")  # a checkpoint shall not outlive the metrics before it
-        tensors = prefixed(module.state_dict().items(), "module.") | optimizer_tensors(optimizer)
+        tensors = prefixed(module.state_dict(), "module.") | optimizer_tensors(optimizer)
         save_checkpoint(self.checkpoints / f"{stage}-{step:06d}.safetensors", tensors, _origin(step))
         for old in self._saved(stage)[KEPT_CHECKPOINTS:]:
             old.unlink()
@@ -216,7 +216,7 @@ def _check_finite(run: RunFolder, stage: Stage, step: int, metrics: dict[str, fl
     if wrong:
         path = run.folder / f"not-finite-{stage.name}-{step + 1:06d}.safetensors"
         if processes.is_first():
-            tensors = prefixed(stage.module.state_dict().items(), "module.") | prefixed(stage.batch.items(), "batch.")
+            tensors = prefixed(stage.module.state_dict(), "module.") | prefixed(stage.batch, "batch.")
             save_checkpoint(path, tensors, _origin(step + 1) | {"not_finite": wrong})
         raise FloatingPointError(
             f"update {step + 1} of {stage.name} gave values that are not finite: {', '.join(wrong[:5])}; see {path}"

@@ -2,6 +2,7 @@
 
 import copy
 from dataclasses import replace
+from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
@@ -185,6 +186,18 @@ def test_another_processor_makes_another_cache(lvlm: Lvlm, encoded: EncodedSampl
         other = EncodedSamples(lvlm, encoded.source, encoded.folder.parent, encoded.signals)
     finally:
         images.image_mean = mean
+    assert other.folder != encoded.folder
+
+
+@pytest.mark.parametrize(
+    ("holder", "setting", "value"),
+    [("model.config", "vision_feature_layer", -2), ("processor", "num_additional_image_tokens", 2)],
+)
+def test_other_tokens_of_the_same_weights_make_another_cache(
+    lvlm: Lvlm, encoded: EncodedSamples, monkeypatch: pytest.MonkeyPatch, holder: str, setting: str, value: int
+) -> None:
+    monkeypatch.setattr(attrgetter(holder)(lvlm), setting, value)
+    other = EncodedSamples(lvlm, encoded.source, encoded.folder.parent, encoded.signals)
     assert other.folder != encoded.folder
 
 

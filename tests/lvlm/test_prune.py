@@ -5,6 +5,7 @@ hides the dropped tokens. Each equality stands beside controls that must fail.
 """
 
 import inspect
+import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from copy import deepcopy
@@ -642,6 +643,8 @@ def test_what_cannot_be_pruned() -> None:
         for call in (tiny.model, tiny.model.generate):
             with pytest.raises(ValueError, match="encoded already"):
                 call(input_ids=inputs["input_ids"], mm_encoder_outputs={"image": [embeds]})
+            with pytest.raises(ValueError, match="encoded already"):
+                call(**inputs, mm_encoder_outputs={"image": [embeds]})
     with prune(tiny.model, Padder(), budget=1), pytest.raises(ValueError, match="Padder keeps padding"):
         tiny.model(**inputs)
 
@@ -824,6 +827,36 @@ def test_calls_of_several_threads_do_not_mix() -> None:
         with ThreadPoolExecutor(3) as threads:
             found = list(threads.map(ask, range(18)))
     assert all(torch.equal(answer, wanted[number % 3]) for number, answer in enumerate(found))
+
+
+def test_undoing_waits_for_a_call_in_another_thread() -> None:
+    """As a stream's does whose reader leaves."""
+    tiny = make("llava")
+    prompt, began, left = tiny.batch([3, "I", 9]), threading.Event(), threading.Event()
+
+    def stop(ids: Tensor, scores: Any, **options: Any) -> bool:
+        began.set()
+        left.wait(0.2)
+        return False
+
+    with prune(tiny.model, Norms(), budget=3) as pruning:
+        wanted = tiny.model.generate(**prompt, **GREEDY)
+        with ThreadPoolExecutor(1) as threads:
+            answer = threads.submit(tiny.model.generate, **prompt, **GREEDY, stopping_criteria=[stop])
+            began.wait()
+            unprune(tiny.model)
+            left.set()
+            assert answer.done()
+            assert torch.equal(answer.result(), wanted)
+        assert not pruning.attached
+
+
+def test_a_method_of_a_pruning_that_was_undone_says_so() -> None:
+    tiny = make("llava")
+    with prune(tiny.model, Norms(), budget=3):
+        generate = tiny.model.generate
+    with pytest.raises(ValueError, match="this generate is that of a pruning which was undone; take the model's own"):
+        generate(**tiny.batch([3, "I", 9]), **GREEDY)
 
 
 def test_a_handle_that_was_undone_prunes_no_more_and_undoes_no_other() -> None:

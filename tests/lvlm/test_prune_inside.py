@@ -238,6 +238,8 @@ def test_what_is_refused() -> None:
         for call in (tiny.model, tiny.model.generate):
             with pytest.raises(ValueError, match="does not take videos"):
                 call(input_ids=inputs["input_ids"], pixel_values_videos=inputs["pixel_values"])
+            with pytest.raises(ValueError, match="encoded already"):
+                call(**inputs, mm_encoder_outputs={"image": [inputs["pixel_values"]]})
         with pytest.raises(ValueError, match="a pruned model needs input_ids"):
             tiny.model.generate(pixel_values=inputs["pixel_values"])
     assert HANDLE not in tiny.model.__dict__

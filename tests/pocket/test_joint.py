@@ -41,7 +41,7 @@ def test_the_projector_goes_on_to_say_what_it_said(tmp_path: Path) -> None:
     last = tower.vision.get_submodule("encoder.layers")[-1].mlp.fc2.weight
     last += 0.3 * last.roll(1, 0)
     tower.words.bias += 1.0
-    save_checkpoint(tmp_path / TOWER, prefixed(tower.state_dict().items(), "model."), {"step": 1})
+    save_checkpoint(tmp_path / TOWER, prefixed(tower.state_dict(), "model."), {"step": 1})
     llava, _ = start_from(DELTA, tmp_path)
 
     fitted = llava.model.multi_modal_projector.linear_1
@@ -61,7 +61,7 @@ def test_a_language_model_that_learned_on_is_the_one_that_goes_on(tmp_path: Path
     language = llava.model.language_model
     own = {name: weight for name, weight in language.named_parameters() if "embed_tokens" not in name}
     learned = {name: weight + 1 for name, weight in own.items()}
-    save_checkpoint(tmp_path / LANGUAGE, prefixed(learned.items(), "model.model."), {"step": 1})
+    save_checkpoint(tmp_path / LANGUAGE, prefixed(learned, "model.model."), {"step": 1})
     after = dict(start_from(DELTA, tmp_path)[0].model.language_model.named_parameters())
     assert all(torch.equal(after[name], weight) for name, weight in learned.items())
 
@@ -90,6 +90,6 @@ def test_the_tower_stays_and_what_learned_is_packed_whole(tmp_path: Path) -> Non
     llava, _ = start_from(DELTA, tmp_path)
     load_weights(llava, tensors)
     some = dict(list(with_prefix(tensors, "model.").items())[1:])
-    for wrong in (prefixed(some.items(), "model."), prefixed(with_prefix(tensors, "model.").items(), "model.llava.")):
+    for wrong in (prefixed(some, "model."), prefixed(with_prefix(tensors, "model."), "model.llava.")):
         with pytest.raises(ValueError, match="no checkpoint of the whole model"):
             load_weights(llava, wrong)

@@ -146,13 +146,17 @@ def test_ppo_learns_which_token_is_needed(baseline: Literal["group", "critic"]) 
     assert needed.mean() > 2 * probs.mean()
 
 
-def test_every_process_gets_an_episode_of_every_minibatch(monkeypatch: pytest.MonkeyPatch) -> None:
-    """15 episodes in minibatches of 14 are two, of 8 and 7."""
+def test_every_process_gets_an_episode_of_every_minibatch_and_a_subset(monkeypatch: pytest.MonkeyPatch) -> None:
+    """15 episodes in minibatches of 14 are two, of 8 and 7; those of a question may all end with one subset."""
     monkeypatch.setattr(processes, "count", lambda: 8)
     config = TrainConfig(ppo=replace(SETTINGS, questions=5, rollouts=3, minibatch=14))
     with pytest.raises(ValueError, match="minibatches of 14 of 15 episodes, the smallest of 7 cannot be shared by 8"):
         ppo_stage(make_pruner(), cast(Any, Puzzle()), config)
-    ppo_stage(make_pruner(), cast(Any, Puzzle()), replace(config, ppo=replace(config.ppo, minibatch=15)))
+    config = replace(config, ppo=replace(config.ppo, minibatch=15))
+    with pytest.raises(ValueError, match="if those of a question are all the same, 5 cannot be shared by 8 processes"):
+        ppo_stage(make_pruner(), cast(Any, Puzzle()), config)
+    monkeypatch.setattr(processes, "count", lambda: 5)
+    ppo_stage(make_pruner(), cast(Any, Puzzle()), config)
 
 
 def test_an_update_changes_the_policy_alone() -> None:

@@ -1,6 +1,6 @@
 """Samples as a frozen LVLM sees them, computed once and kept on disk.
 
-Pictures become visual tokens in shards (``tprl.lvlm.shards``). The cache is keyed by the model, the dtype, the image
+Pictures become visual tokens in shards (``tprl.lvlm.shards``). The cache is keyed by the model, the dtype, the
 processor, the pictures' names and versions and the first one's pixels, so where any of these differs there is another.
 """
 
@@ -54,7 +54,8 @@ class EncodedSamples:
         key = {
             "weights": weights_digest(lvlm),
             "dtype": str(lvlm.model.dtype),
-            "processor": cast(Any, lvlm.processor).image_processor.to_json_string(),
+            "model": lvlm.fingerprint,
+            "processor": cast(Any, lvlm.processor).to_json_string(),
             "source": [source.name, source.split],
             "images": hashlib.sha256("\n".join(i + source.version(i) for i in self.image_ids).encode()).hexdigest(),
             "pixels": hashlib.sha256(source.image(self.image_ids[0]).tobytes()).hexdigest(),

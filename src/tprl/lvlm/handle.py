@@ -126,7 +126,8 @@ def check_amount(model: PreTrainedModel, given: Mapping[str, float | None]) -> N
 
 
 def unprune(model: PreTrainedModel) -> None:
-    """Leave ``model`` as it was before ``prune``; nothing to do if it is not pruned.
+    """Leave ``model`` as it was before ``prune``, once a call that is on its way in another thread is done; nothing to
+    do if it is not pruned.
 
     Raises:
         ValueError: one of its methods has been wrapped or replaced since, which would be lost.
@@ -134,15 +135,16 @@ def unprune(model: PreTrainedModel) -> None:
     pruning = model.__dict__.get(HANDLE)
     if pruning is None:
         return
-    if wrapped := [name for name, method in pruning.methods.items() if model.__dict__.get(name) != method]:
-        raise ValueError(
-            f"{', '.join(wrapped)} of the model, wrapped or replaced after it was pruned, would be lost: undo that"
-        )
-    for name in pruning.methods:
-        delattr(model, name)
-        if name in pruning.replaced:
-            setattr(model, name, pruning.replaced[name])
-    delattr(model, HANDLE)
+    with pruning.lock:
+        if wrapped := [name for name, method in pruning.methods.items() if model.__dict__.get(name) != method]:
+            raise ValueError(
+                f"{', '.join(wrapped)} of the model, wrapped or replaced after it was pruned, would be lost: undo that"
+            )
+        for name in pruning.methods:
+            delattr(model, name)
+            if name in pruning.replaced:
+                setattr(model, name, pruning.replaced[name])
+        delattr(model, HANDLE)
 
 
 def _with_signature(replacement: Callable[..., Any], original: Callable[..., Any]) -> Callable[..., Any]:
@@ -150,7 +152,9 @@ def _with_signature(replacement: Callable[..., Any], original: Callable[..., Any
 
     @wraps(original)
     def method(self: PreTrainedModel, *args: Any, **kwargs: Any) -> Any:
-        handle: Handle = self.__dict__[HANDLE]
+        handle: Handle | None = self.__dict__.get(HANDLE)
+        if handle is None:
+            raise ValueError(f"this {original.__name__} is that of a pruning which was undone; take the model's own")
         with handle.lock:
             return replacement(self, handle, *args, **kwargs)
 
@@ -169,6 +173,12 @@ def named(method: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str
     return {name: value for name, value in named.items() if value is not None and name != "kwargs"}
 
 
+def refuse_encoded(inputs: Mapping[str, Any]) -> None:
+    """Raise ValueError for pictures of which the vision tower's own part is done."""
+    if inputs.get("mm_encoder_outputs"):
+        raise ValueError("a pruned model wants pixel_values, not pictures that are encoded already")
+
+
 def refuse_videos(inputs: Mapping[str, Any]) -> None:
     """Raise ValueError for a call with videos, with pictures or without."""
     if "pixel_values_videos" in inputs:
@@ -177,6 +187,7 @@ def refuse_videos(inputs: Mapping[str, Any]) -> None:
 
 def refuse(inputs: Mapping[str, Any]) -> None:
     """Raise ValueError for what a call with pictures cannot be cut by."""
+    refuse_encoded(inputs)
     if "inputs_embeds" in inputs or "input_ids" not in inputs:
         raise ValueError("a pruned model needs input_ids, to know which tokens are visual")
     mask = inputs.get("attention_mask")
@@ -192,7 +203,8 @@ def refuse(inputs: Mapping[str, Any]) -> None:
 def unanswered(text: Tensor, inputs: Mapping[str, Any]) -> Tensor:
     """Of bool ``text (B, L)`` what stands before a row's first label, so that no answer decides what is kept; all of a
     row whose labels begin before its text."""
-    if (labels := inputs.get("labels")) is None:
+    labels: Tensor | None = inputs.get("labels")
+    if labels is None:
         return text
     before = text & (labels == -100).cumprod(1).bool()
     return before | (text & ~before.any(1, keepdim=True))

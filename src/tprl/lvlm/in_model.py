@@ -115,7 +115,7 @@ class LayerView:
         queries = self._heads("q", self.hidden[rows, places], asking)
         keys = self._heads("k", self.hidden, self.rotary)
         keys = keys.repeat_interleave(queries.shape[1] // keys.shape[1], 1)
-        scores = (queries @ keys.mT).float() * attention.scaling
+        scores = queries.float() @ keys.mT.float() * attention.scaling
         scores = scores.masked_fill(~self._visible(places)[:, None], -torch.inf)
         return cast(Tensor, scores.softmax(-1).mean(1))
 

@@ -7,6 +7,7 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from itertools import chain
 from typing import Any, cast
 
 import torch
@@ -157,7 +158,7 @@ class Lvlm:
             ``(B, Q, D)`` in the model's dtype, zero where padded, and the bool mask ``(B, Q)``.
         """
         others = self.template_ids | {self.model.config.image_token_id}
-        prompts = [sum(self.prompt_ids(question), []) for question in questions]
+        prompts = [chain(*self.prompt_ids(question)) for question in questions]
         ids = [torch.tensor([i for i in row if i not in others], dtype=torch.int64) for row in prompts]
         mask = pad_sequence([torch.ones(len(row), dtype=torch.bool) for row in ids], batch_first=True).to(self.device)
         padded = pad_sequence(ids, batch_first=True).to(self.device)

@@ -19,7 +19,17 @@ from transformers.utils.generic import ModelOutput
 
 from tprl.lvlm.cut import Choice, Cut, Positions, contained, cut_features, cut_of, shortened
 from tprl.lvlm.families import family_of
-from tprl.lvlm.handle import Handle, check_amount, kept_of, named, refuse, refuse_videos, samples_of, unanswered
+from tprl.lvlm.handle import (
+    Handle,
+    check_amount,
+    kept_of,
+    named,
+    refuse,
+    refuse_encoded,
+    refuse_videos,
+    samples_of,
+    unanswered,
+)
 from tprl.lvlm.model import ImageFeatures, collate, encode, split_pictures
 from tprl.lvlm.past import Past, past_of, remember
 from tprl.lvlm.signals import recorded_tower
@@ -94,7 +104,7 @@ def prune(
         selector: decides what is kept, picture by picture.
         budget: visual tokens to keep of every picture; all of one that has fewer.
         keep_ratio: share of every picture's visual tokens to keep, in (0, 1]; rounded, one token at least.
-        threshold: keep what the selector keeps with at least this probability, in [0, 1]; possibly nothing.
+        threshold: keep what the selector keeps at this threshold of its ``select_above``, in [0, 1]; possibly nothing.
         positions: "original": what is kept stays at its position ids, as if the rest were masked. "compact": position
             ids count the short prompt, and a language model with two-dimensional ones sees a row of tokens.
         template_ids: ids that belong to the chat template and not to a question, see ``Lvlm.template_ids``. The
@@ -137,8 +147,8 @@ def _forward(model: PreTrainedModel, pruning: Pruning, *args: Any, **kwargs: Any
     past = past_of(inputs)
     refuse_videos(inputs)
     if "pixel_values" not in inputs:
-        if pruning._generation is None and inputs.get("mm_encoder_outputs"):
-            raise ValueError("a pruned model wants pixel_values, not pictures that are encoded already")
+        if pruning._generation is None:
+            refuse_encoded(inputs)
         if past is not None and (pruning._generation is None or "position_ids" not in inputs):
             return original(**past.resumed(inputs))
         return original(*args, **kwargs)
@@ -208,8 +218,7 @@ def _expand(
 def _generate(model: PreTrainedModel, pruning: Pruning, *args: Any, **kwargs: Any) -> Any:
     original = pruning.original("generate")
     inputs = named(original, args, kwargs)
-    if inputs.get("mm_encoder_outputs"):
-        raise ValueError("a pruned model wants pixel_values, not pictures that are encoded already")
+    refuse_encoded(inputs)
     pictures, past = "pixel_values" in inputs, past_of(inputs)
     refuse_videos(inputs)
     if not pictures and past is None:

@@ -14,7 +14,17 @@ from torch import Tensor
 from transformers import Cache, PreTrainedModel
 from transformers.utils.generic import ModelOutput
 
-from tprl.lvlm.handle import Handle, check_amount, kept_of, named, refuse, refuse_videos, samples_of, unanswered
+from tprl.lvlm.handle import (
+    Handle,
+    check_amount,
+    kept_of,
+    named,
+    refuse,
+    refuse_encoded,
+    refuse_videos,
+    samples_of,
+    unanswered,
+)
 from tprl.lvlm.in_model import Dropping, dropping, resumed
 from tprl.lvlm.model import ImageFeatures, encode, split_pictures
 from tprl.selectors.stages import InModel
@@ -117,9 +127,8 @@ def _forward(model: PreTrainedModel, pruning: InsidePruning, *args: Any, **kwarg
         inputs["mm_encoder_outputs"] = {"image": output}
     elif generation is not None and generation.prompt is not None:
         prompt = generation.prompt
-    elif inputs.get("mm_encoder_outputs"):
-        raise ValueError("a pruned model wants pixel_values, not pictures that are encoded already")
     else:
+        refuse_encoded(inputs)
         return original(**inputs)
 
     given = inputs["inputs_embeds"] if "inputs_embeds" in inputs else inputs["input_ids"]

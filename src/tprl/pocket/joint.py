@@ -190,6 +190,6 @@ def train_joint(run: Path, config: JointConfig, delta: Path | None = None) -> It
             seen.clear()
             clock = time.perf_counter()
         if (step + 1) % config.save_every == 0 or step + 1 == config.steps:
-            unlike_base = ((name, p) for name, p in llava.named_parameters() if "embed_tokens" not in name)
-            state = prefixed(unlike_base, "model.")
-            save_checkpoint(path, state | optimizer_tensors(optimizer), {"step": step + 1})
+            unlike_base = {name: p for name, p in llava.named_parameters() if "embed_tokens" not in name}
+            state = prefixed(unlike_base, "model.") | optimizer_tensors(optimizer)
+            save_checkpoint(path, state, {"step": step + 1})

@@ -192,5 +192,5 @@ def train_language(run: Path, config: LanguageConfig, delta: Path | None = None)
             clock, losses, looks = time.perf_counter(), [], []
         if (step + 1) % config.save_every == 0 or step + 1 == config.steps:
             own = {name: p for name, p in model.named_parameters() if p.requires_grad}
-            state = prefixed(own.items(), "model.") | optimizer_tensors(optimizer)
+            state = prefixed(own, "model.") | optimizer_tensors(optimizer)
             save_checkpoint(path, state, {"step": step + 1})

@@ -251,7 +251,7 @@ def train_tower(run: Path, config: TowerConfig, delta: Path | None = None) -> It
             seen.clear()
             clock = time.perf_counter()
         if (step + 1) % config.save_every == 0 or step + 1 == config.steps:
-            state = prefixed(tower.state_dict().items(), "model.") | optimizer_tensors(optimizer)
+            state = prefixed(tower.state_dict(), "model.") | optimizer_tensors(optimizer)
             save_checkpoint(path, state, {"step": step + 1})
 
 

@@ -131,7 +131,7 @@ class SparseVLM(InModel):
         """Of all tokens, float32 ``(B, L)``. Where no word is behind the picture, the last token is the rater."""
         places, real = _places(_behind(view))
         words = view.entered.gather(1, places[..., None].expand(-1, -1, view.entered.shape[2]))
-        likeness = (view.entered @ words.mT).float().masked_fill(~real[:, None], -torch.inf).softmax(2)
+        likeness = (view.entered.float() @ words.mT.float()).masked_fill(~real[:, None], -torch.inf).softmax(2)
         relevance = likeness.masked_fill(~view.visual[..., None], 0).sum(1)
         raters = real & (relevance >= relevance.sum(1, keepdim=True) / real.sum(1, keepdim=True))
         none = ~raters.any(1, keepdim=True)

@@ -23,7 +23,7 @@ def autoencoder_stage(pruner: TokenPruner, train: EncodedSamples, config: Autoen
     processes.check_shares(min(config.pictures, len(train.image_ids)), "the batch of")
     first = torch.cat([train.features(name).tokens.float() for name in train.image_ids[:STATISTICS_PICTURES]])
     pruner.token_mean.copy_(first.mean(0))
-    pruner.token_scale.copy_(1 / (first - first.mean(0)).pow(2).mean().sqrt())
+    pruner.token_scale.copy_(first.var(0, correction=0).mean().rsqrt())
     optimizer = torch.optim.AdamW(
         pruner.autoencoder.parameters(), lr=config.learning_rate, weight_decay=config.weight_decay
     )

@@ -70,9 +70,11 @@ def ppo_stage(
         watch: metrics besides those of the rollouts, asked for after every update with its number.
     """
     settings = config.ppo
-    episodes = min(settings.questions, len(train)) * settings.rollouts
+    questions = min(settings.questions, len(train))
+    episodes = questions * settings.rollouts
     smallest = episodes // math.ceil(episodes / settings.minibatch)
     processes.check_shares(smallest, f"minibatches of {settings.minibatch} of {episodes} episodes, the smallest of")
+    processes.check_shares(questions, "subsets to be scored in a round, if those of a question are all the same,")
     critic = list(pruner.policy.critic.parameters())
     actor = [p for name, p in pruner.policy.named_parameters() if not name.startswith("critic.")]
     optimizer = torch.optim.AdamW(
@@ -88,7 +90,7 @@ def ppo_stage(
     def update(step: int) -> dict[str, float]:
         rng = np.random.default_rng((config.seed, 3, step))
         generator = torch.Generator(pruner.token_mean.device).manual_seed(int(rng.integers(2**62)))
-        chosen = rng.choice(len(train), min(settings.questions, len(train)), replace=False).tolist()
+        chosen = rng.choice(len(train), questions, replace=False).tolist()
         for group in optimizer.param_groups:
             group["lr"] = group["rate"] * min(1.0, (step + 1) / 5) * (1 - 0.9 * step / settings.epochs)
         start = time.perf_counter()
@@ -237,14 +239,15 @@ def ppo_loss(
         gain = advantage[own, t, None]
         limited = ratio.clamp(1 - settings.clip_epsilon, 1 + settings.clip_epsilon)
         actor.append((torch.minimum(ratio * gain, limited * gain) * state).sum())
-        value_loss.append(nn.functional.mse_loss(value, target[own, t]))
+        if settings.baseline == "critic":
+            value_loss.append(nn.functional.mse_loss(value, target[own, t]))
         entropy.append(distribution.entropy().mean())
         with torch.no_grad():
             kl.append(((ratio - 1 - log_ratio) * state).sum())
             clipped.append(((ratio - 1).abs() > settings.clip_epsilon)[state].float().sum())
             log_weight.append(log_ratio.sum(1))
     actor_loss = -torch.stack(actor).sum() / count
-    critic_loss, mean_entropy = part * torch.stack(value_loss).mean(), part * torch.stack(entropy).mean()
+    mean_entropy = part * torch.stack(entropy).mean()
     loss = actor_loss - settings.entropy_coeff * mean_entropy
     metrics = {
         "actor_loss": actor_loss,
@@ -252,9 +255,9 @@ def ppo_loss(
         "approx_kl": torch.stack(kl).sum() / count,
         "clip_fraction": torch.stack(clipped).sum() / count,
     }
-    if settings.baseline == "critic":
-        loss = loss + settings.value_coeff * critic_loss
-        metrics["value_loss"] = critic_loss
+    if value_loss:
+        metrics["value_loss"] = part * torch.stack(value_loss).mean()
+        loss = loss + settings.value_coeff * metrics["value_loss"]
     sums = processes.total(torch.stack(list(metrics.values()))).tolist()
     weight = processes.gathered(torch.stack(log_weight).sum(0), len(chosen)).softmax(0)
     effective = {"effective_sample_size": (1 / weight.pow(2).sum() / len(weight)).item()}

@@ -9,8 +9,8 @@ import pytest
 from PIL import Image
 
 from tprl.cli import COMMANDS
-from tprl.commands.evaluate import SHIPPED_PRUNER
 from tprl.data import load_source
+from tprl.pocket.assemble import SHIPPED_PRUNER
 
 
 def tprl(*arguments: object) -> subprocess.CompletedProcess[str]:

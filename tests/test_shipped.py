@@ -6,10 +6,9 @@ from pathlib import Path
 
 import torch
 
-from tprl.commands.evaluate import SHIPPED_PRUNER
 from tprl.data import load_source
 from tprl.lvlm.cache import EncodedSamples
-from tprl.pocket.assemble import open_lvlm
+from tprl.pocket.assemble import SHIPPED_PRUNER, open_lvlm
 from tprl.pruner import TokenPruner
 
 QUESTIONS, BUDGET = 24, 32

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from tprl.data import load_source
+from tprl.data import load_source, load_training
 from tprl.data.jsonl import Jsonl, parse_record, read_image
 from tprl.data.sample import DataError, samples_digest
 from tprl.scoring import parse_box, score
@@ -159,6 +159,8 @@ def test_pictures_in_another_folder_and_first_n(folder: Path, tmp_path_factory: 
         load_source(str(path), "test", 2)
     with pytest.raises(ValueError, match=r"goes with a \.jsonl file only"):
         load_source("scenes", "test", 2, images=folder)
+    with pytest.raises(ValueError, match=r"bad records are those of a \.jsonl file; 'scenes' has none to skip"):
+        load_source("scenes", "test", 2, skip_bad=True)
 
 
 def test_missing_files(folder: Path) -> None:
@@ -187,6 +189,32 @@ def test_train_and_val_divide_the_pictures(folder: Path) -> None:
     assert {sample.image_id for sample in Jsonl(reordered, "val").samples} == pictures["val"]
     with pytest.raises(DataError, match="no sample for split 'train' among its 1"):
         Jsonl(write(folder, GOOD), "train")
+
+
+def test_of_two_files_either_is_whole(folder: Path) -> None:
+    """Of one, the pictures are divided; none may be on both sides."""
+    for letter in "cdef":
+        (folder / f"{letter}.png").write_bytes((folder / "a.png").read_bytes())
+    own, other = folder / "own.jsonl", folder / "other.jsonl"
+    own.write_text("".join(json.dumps(GOOD | {"image": f"{letter}.png"}) + "\n" for letter in "acd"))
+    other.write_text("".join(json.dumps(GOOD | {"image": f"{letter}.png"}) + "\n" for letter in "ef"))
+    parts = load_training(str(own), str(other), 9, 9)
+    assert [[sample.image_id for sample in part.samples] for part in parts] == [
+        ["a.png", "c.png", "d.png"], ["e.png", "f.png"],
+    ]  # fmt: skip
+    train, held_out = load_training(str(own), None, 9, 9)
+    shown = [sample.image_id for sample in (*train.samples, *held_out.samples)]
+    assert sorted(shown) == ["a.png", "c.png", "d.png"]
+    assert len(held_out.samples) == 1
+    assert [len(part.samples) for part in load_training(str(own), "scenes", 9, 4)] == [3, 4]
+    other.write_text(json.dumps(GOOD | {"image": "d.png"}))
+    with pytest.raises(ValueError, match=r"other.jsonl shows pictures that .*own.jsonl shows too, such as d.png"):
+        load_training(str(own), str(other), 9, 9)
+    elsewhere = folder / "elsewhere"
+    elsewhere.mkdir()
+    (elsewhere / "d.png").write_bytes((folder / "a.png").read_bytes())
+    other.rename(elsewhere / "other.jsonl")
+    assert len(load_training(str(own), str(elsewhere / "other.jsonl"), 9, 9)[1].samples) == 1
 
 
 def test_a_picture_is_one_however_it_is_spelt(folder: Path) -> None:

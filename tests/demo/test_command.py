@@ -7,7 +7,7 @@ import pytest
 from evaluate.world import tiny_lvlm
 from tprl.cli import main
 from tprl.commands.demo import _policy
-from tprl.commands.evaluate import SHIPPED_PRUNER
+from tprl.pocket.assemble import SHIPPED_PRUNER
 
 
 def test_without_gradio_the_extra_is_named(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

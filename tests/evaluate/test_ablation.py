@@ -12,7 +12,7 @@ import pytest
 from evaluate.world import World, save_world, tiny_lvlm
 from launcher import BY_TWO
 from tprl.commands.ablate import ablate as run_ablation
-from tprl.config import TrainConfig
+from tprl.config import ImitateStage, TrainConfig
 from tprl.evaluate.ablation import ablation_table, compare
 from tprl.evaluate.cell import Cell
 from tprl.train.ablation import FULL, ROWS
@@ -90,7 +90,8 @@ ALONE = (sys.executable, "-m", "tprl.cli")
 def ablate(
     world: Path, *more: object, out: str = "out", processes: tuple[str, ...] = ALONE
 ) -> subprocess.CompletedProcess[str]:
-    data = ["--model", world / "model", "--data", world / "world.jsonl", "--dtype", "float32", "--n", 12]
+    questions = world / "world.jsonl"
+    data = ["--model", world / "model", "--data", questions, "--test-data", questions, "--dtype", "float32", "--n", 12]
     arguments = ["ablate", world / out, *data, "--budgets", "4,2", "--cache", world / "cache", *more, *SETTINGS]
     command = [*processes, *map(str, arguments)]
     return subprocess.run(command, capture_output=True, text=True, timeout=240, check=False)
@@ -170,6 +171,12 @@ def test_what_is_refused_before_any_work(tmp_path: Path) -> None:
         run_ablation(tmp_path / "out", rows="full,no-luck")
     with pytest.raises(ValueError, match="seeds are whole numbers from 0 on, got -1"):
         run_ablation(tmp_path / "out", seeds="0,-1")
+    with pytest.raises(ValueError, match=r"--set\.seed 5 has no say here; --seeds are those of the trainings"):
+        run_ablation(tmp_path / "out", config=TrainConfig(seed=5))
+    with pytest.raises(ValueError, match=r"my\.jsonl is trained on; say with --test-data which questions are measured"):
+        run_ablation(tmp_path / "out", data="my.jsonl")
+    with pytest.raises(ValueError, match="unknown teacher 'oracle'"):
+        run_ablation(tmp_path / "out", config=TrainConfig(imitate=ImitateStage(teachers=("oracle",))))
     with pytest.raises(ValueError, match="preset 'huge' is not one of"):
         run_ablation(tmp_path / "out", preset="huge")
     with pytest.raises(ValueError, match=r"--preset quick and settings of one's own .* exclude each other"):

@@ -256,6 +256,9 @@ def test_the_command(files: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert len(json.loads((files / "out" / "results.json").read_text())["rows"]) == 6
     run(files, overwrite=True, methods="uniform", pruner=files / "none")
     assert len(list((files / "out" / "cells").iterdir())) == 4
+    with pytest.raises(ValueError, match="holds no results, so --overwrite leaves it alone"):
+        evaluate(files, overwrite=True)
+    assert (files / "world.jsonl").is_file()
 
 
 @pytest.mark.slow
@@ -287,10 +290,12 @@ def test_two_processes_measure_what_one_does(files: Path) -> None:
             r"fastv-mean cannot keep 2 of a prompt's 16 .* at least 4 stay",
         ),
         ({"methods": "tprl,magic"}, r"unknown methods magic; known: tprl, random, uniform.*, dart, fastv-mean"),
+        ({"threshold": 0.5, "threshold_row": False}, "--threshold is that of the row that --no-threshold-row leaves"),
         ({"threshold": 1.5}, r"threshold must lie in \[0, 1\], got 1.5"),
         ({"dtype": "float7"}, "dtype 'float7' is not"),
         ({"n": 0}, "at least 1, got 0"),
         ({"data": "nothing"}, "data 'nothing' is not"),
+        ({"data": "nothing", "model": "none"}, "data 'nothing' is not"),
         ({"resume": True, "overwrite": True}, "exclude each other"),
     ],
 )

@@ -42,9 +42,9 @@ def test_every_row_stands_by_budget_and_accuracy() -> None:
         [" threshold ", " tprl "], [" 64 ", " peer "], [" 64 ", " tprl "], [" 64 ", " random "],
     ]  # fmt: skip
     assert lines[5] == (
-        "| 64 | peer | 300.0 | **89.0%** | 1.00 (0.00 to 2.00) | 0.50 (-0.50 to 1.50) | 60.0% | 50 ms, 2.00x "
-        "| 1.5 MiB |"
-    )
+        "| 64 | peer | 300.0 | 89.0% | 1.00 (0.00 to 2.00) | 0.50 (-0.50 to 1.50) | 60.0% | 50 ms, 2.00x | 1.5 MiB |"
+    ), "its layers see more than the budget"
+    assert lines[6].startswith("| 64 | tprl | 64.0 | **88.0%** | 2.00 (1.00 to 3.00) |")
 
 
 def test_curves_stand_at_the_kept_tokens_near_the_unpruned_model_and_whole() -> None:

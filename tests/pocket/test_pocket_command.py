@@ -18,6 +18,6 @@ def test_a_stage_goes_on_with_what_it_began_with(tmp_path: Path, monkeypatch: py
         pocket.train(tmp_path, stages="tower", seed=2)
     with pytest.raises(ValueError, match=r"'shipped': True.* go on with .*'shipped': False"):
         pocket.train(tmp_path, stages="joint")
-    with pytest.raises(ValueError, match=r"unknown stages \['roof'\]; known: tower"):
+    with pytest.raises(ValueError, match=r"unknown stages roof; known: tower"):
         pocket.train(tmp_path, stages="roof")
     assert len(begun) == 4

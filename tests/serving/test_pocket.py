@@ -5,9 +5,8 @@ import pytest
 pytest.importorskip("vllm")
 
 from serving import worlds
-from tprl.commands.evaluate import SHIPPED_PRUNER
 from tprl.data import load_source
-from tprl.pocket.assemble import open_lvlm, pocket_llava
+from tprl.pocket.assemble import SHIPPED_PRUNER, open_lvlm, pocket_llava
 from tprl.pruner import TokenPruner
 
 

@@ -11,11 +11,10 @@ from tprl import processes
 from tprl.commands.parse import parse_budgets, parse_names, parse_seeds
 from tprl.commands.train import choose_settings
 from tprl.config import TrainConfig
-from tprl.data import load_source
+from tprl.data import load_source, load_training
 from tprl.data.sample import samples_digest
 from tprl.evaluate.ablation import Cells, compare, load_cells, measure, save_cells, write_ablation
-from tprl.evaluate.benchmark import CELLS
-from tprl.evaluate.checks import check_budgets, check_out
+from tprl.evaluate.checks import CELLS, check_budgets, check_out
 from tprl.evaluate.provenance import commit, machine
 from tprl.lvlm.cache import EncodedSamples, weights_digest
 from tprl.pocket.assemble import cache_folder, open_lvlm
@@ -31,6 +30,7 @@ def ablate(
     seeds: str = "0",
     budgets: str = "64,32",
     data: str = "scenes",
+    test_data: str | None = None,
     split: str = "test",
     n: int = 1000,
     model: str = "pocket-llava",
@@ -52,8 +52,8 @@ def ablate(
         rows: comma-separated; an unknown name lists all. Differences are taken to the row "full".
         seeds: of the trainings, comma-separated.
         budgets: visual tokens to keep when a row is measured, comma-separated.
-        data: "scenes", "scenes-crowded", "scenes-tiles", "easy-vqa", or a .jsonl file; its splits "train" and "val" are
-            trained on.
+        data: that is trained on: "scenes", "scenes-crowded", "scenes-tiles", "easy-vqa", or a .jsonl file.
+        test_data: that is measured; --data unless given, which it has to be where that is a .jsonl file.
         split: that is measured.
         n: number of questions measured.
         model: "pocket-llava", or a folder or Hub id of a model.
@@ -69,8 +69,12 @@ def ablate(
     if unknown := [name for name in names if name not in ROWS]:
         raise ValueError(f"unknown rows {', '.join(unknown)}; known: {', '.join(ROWS)}")
     settings = choose_settings(preset, config)
-    sources = load_source(data, "train", settings.samples), load_source(data, "val", settings.validation)
-    test = load_source(data, split, n)
+    if settings.seed != TrainConfig().seed:
+        raise ValueError(f"--set.seed {settings.seed} has no say here; --seeds are those of the trainings")
+    if data.endswith(".jsonl") and test_data is None:
+        raise ValueError(f"{data} is trained on; say with --test-data which questions are measured")
+    sources = load_training(data, None, settings.samples, settings.validation)
+    test = load_source(test_data or data, split, n)
     with processes.joined(device) as own_device:
         check_out(out, resume, overwrite)
         lvlm = open_lvlm(model, dtype, own_device)

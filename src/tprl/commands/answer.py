@@ -8,12 +8,11 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from tprl.commands.evaluate import SHIPPED_PRUNER
 from tprl.data.jsonl import read_image
 from tprl.draw import draw_kept, headed, side_by_side
 from tprl.evaluate.answers import Answered, answered
 from tprl.evaluate.methods import Method
-from tprl.pocket.assemble import open_lvlm
+from tprl.pocket.assemble import SHIPPED_PRUNER, open_lvlm
 from tprl.pruner import TokenPruner
 from tprl.types import VisualTokens
 

@@ -6,7 +6,7 @@ from tprl import processes
 from tprl.commands.evaluate import evaluate
 from tprl.commands.parse import parse_names
 from tprl.data import load_source
-from tprl.evaluate.checks import check_out
+from tprl.evaluate.checks import CELLS, check_out
 from tprl.evaluate.methods import METHODS
 
 
@@ -53,7 +53,7 @@ def benchmark(
     if len(sets) < len(parse_names(data)):
         raise ValueError(f"the sets {data} need different file names, since each gets a folder of that name")
     with processes.joined(device) as own_device:
-        check_out(out, resume, overwrite)
+        check_out(out, resume, overwrite, f"*/{CELLS}")
         for name in sets.values():
             load_source(name, split, n)  # what cannot be read shall be said before the first set is measured
         for folder, name in sets.items():

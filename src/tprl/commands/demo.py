@@ -2,9 +2,8 @@
 
 from pathlib import Path
 
-from tprl.commands.evaluate import SHIPPED_PRUNER
 from tprl.lvlm.model import Lvlm
-from tprl.pocket.assemble import open_lvlm
+from tprl.pocket.assemble import SHIPPED_PRUNER, open_lvlm
 from tprl.pruner import TokenPruner
 
 

@@ -4,7 +4,6 @@ import json
 import sys
 from pathlib import Path
 
-import tprl
 from tprl import processes
 from tprl.commands.parse import parse_budgets, parse_names
 from tprl.data import load_source
@@ -13,10 +12,8 @@ from tprl.evaluate.checks import check_out
 from tprl.evaluate.gallery import write_gallery
 from tprl.evaluate.methods import check_names, make_methods
 from tprl.evaluate.tables import markdown_table, write_tables
-from tprl.pocket.assemble import cache_folder, open_lvlm
+from tprl.pocket.assemble import SHIPPED_PRUNER, cache_folder, open_lvlm
 from tprl.pruner import TokenPruner
-
-SHIPPED_PRUNER = Path(tprl.__file__).parent / "assets" / "pruner"
 
 
 def evaluate(
@@ -68,17 +65,20 @@ def evaluate(
     check_names(names)
     if seed < 0 or gallery < 0:
         raise ValueError(f"--seed and --gallery are whole numbers from 0 on, got {seed} and {gallery}")
+    if threshold is not None and not threshold_row:
+        raise ValueError("--threshold is that of the row that --no-threshold-row leaves out; give one of the two")
     with processes.joined(device) as own_device:
-        check_out(out, resume, overwrite)  # before a model is loaded
-        lvlm = open_lvlm(model, dtype, own_device)
-        fitting = None
-        if TokenPruner.name in names:
-            fitting = TokenPruner.from_pretrained(pruner or SHIPPED_PRUNER, lvlm.fingerprint).to(lvlm.device)
-        rows = make_methods(names, sizes, fitting, threshold, threshold_row, seed)
+        check_out(out, resume, overwrite)
         source = load_source(data, split, n, skip_bad, images)
-        known = _trained_on(pruner) if fitting else None
+        chosen = TokenPruner.from_pretrained(pruner or SHIPPED_PRUNER) if TokenPruner.name in names else None
+        rows = make_methods(names, sizes, chosen, threshold, threshold_row, seed)
+        lvlm = open_lvlm(model, dtype, own_device)
+        if chosen is not None:
+            chosen.check_fits(lvlm.fingerprint)
+            chosen.to(lvlm.device)
+        known = _trained_on(pruner) if chosen else None
         if known == source.name and split == "test" and data.endswith(".jsonl") and processes.is_first():
-            print(f"the pruner was trained on {known}, all of which is its split 'test'", file=sys.stderr)
+            print(f"warning: the pruner was trained on questions of {known}, which are measured here", file=sys.stderr)
         run = Benchmark(lvlm, model, source, rows, out, cache or cache_folder(), seed, resume, overwrite, known)
         run.measure()
         with processes.first_alone():  # the others wait, since they would disturb the prefills

@@ -7,6 +7,7 @@ from pathlib import Path
 from torch.optim.swa_utils import AveragedModel
 
 from tprl.checkpoint import load_checkpoint, save_text
+from tprl.commands.parse import parse_names
 from tprl.pocket.assemble import DELTA, pocket_llava, save_delta
 from tprl.pocket.base import image_token_id, load_base
 from tprl.pocket.joint import JOINT, JointConfig, load_weights, train_joint
@@ -34,9 +35,9 @@ def train(run: Path, *, stages: str = ",".join(STAGES), shipped: bool = False, s
             that ``run`` holds, if any.
         seed: all randomness follows from it.
     """
-    names = [name.strip() for name in stages.split(",")]
+    names = parse_names(stages)
     if unknown := [name for name in names if name not in STAGES]:
-        raise ValueError(f"unknown stages {unknown}; known: {', '.join(STAGES)}")
+        raise ValueError(f"unknown stages {', '.join(unknown)}; known: {', '.join(STAGES)}")
     if seed < 0:
         raise ValueError(f"--seed is a whole number from 0 on, got {seed}")
     run.mkdir(parents=True, exist_ok=True)

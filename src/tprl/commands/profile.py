@@ -8,11 +8,10 @@ from rich.console import Console
 from rich.table import Table
 
 from tprl.clock import Seconds
-from tprl.commands.evaluate import SHIPPED_PRUNER
 from tprl.config import TrainConfig
 from tprl.data import load_source
 from tprl.evaluate.provenance import machine, write_json
-from tprl.pocket.assemble import open_lvlm
+from tprl.pocket.assemble import SHIPPED_PRUNER, open_lvlm
 from tprl.profiling import profile_inference, profile_training
 from tprl.pruner import TokenPruner
 
@@ -46,6 +45,8 @@ def profile(
         device: "cpu" or "cuda".
         out: JSON file to write the seconds to.
     """
+    if budget < 1:
+        raise ValueError(f"--budget must be at least 1, got {budget}")
     defaults = TrainConfig(samples=samples)
     imitate, ppo = defaults.imitate, replace(defaults.ppo, questions=questions, rollouts=rollouts)
     settings = replace(defaults, imitate=replace(imitate, demonstrations=samples), ppo=ppo)

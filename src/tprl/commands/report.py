@@ -12,7 +12,7 @@ def report(folder: Annotated[Path, tyro.conf.Positional], *, run: Path | None = 
     """Write a self-contained HTML page: headline figures, curves, tables, a gallery and the training's curves.
 
     Args:
-        folder: results of `tprl evaluate` or `tprl benchmark`.
+        folder: results of `tprl evaluate`, `tprl benchmark` or `tprl ablate`.
         run: folder of the training whose curves are to be shown; looked for in the results' folder unless given.
         out: the page; report.html in the results' folder unless given.
     """

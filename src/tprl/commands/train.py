@@ -12,11 +12,13 @@ from rich.table import Table
 from tprl import processes
 from tprl.commands.parse import parse_names
 from tprl.config import AutoencoderStage, ImitateStage, PpoStage, PrunerShape, TrainConfig
-from tprl.data import load_source
+from tprl.data import load_training
 from tprl.data.sample import samples_digest
+from tprl.demonstrations import teacher_signals
 from tprl.pocket.assemble import cache_folder, choose_dtype, open_lvlm
 from tprl.pruner import TokenPruner
 from tprl.run import RunFolder
+from tprl.train.imitate import heuristics
 from tprl.train.pipeline import STAGES
 from tprl.train.pipeline import train as run_training
 
@@ -51,13 +53,15 @@ def choose_settings(preset: str, config: TrainConfig | None) -> TrainConfig:
     """The settings of a preset, or ``config`` in their place.
 
     Raises:
-        ValueError: there is no such preset, or both are given.
+        ValueError: there is no such preset, or both are given, or a teacher is unknown.
     """
     if preset not in PRESETS:
         raise ValueError(f"preset {preset!r} is not one of {', '.join(PRESETS)}")
     if config is not None and preset != "default":
         raise ValueError(f"--preset {preset} and settings of one's own (set:) exclude each other")
-    return config or PRESETS[preset]
+    settings = config or PRESETS[preset]
+    teacher_signals(heuristics(settings.imitate))
+    return settings
 
 
 def train(
@@ -84,9 +88,9 @@ def train(
     Args:
         run: folder of the run.
         model: "pocket-llava", or a folder or Hub id of a model.
-        data: "scenes", "scenes-crowded", "scenes-tiles", "easy-vqa", or a .jsonl file; its splits "train" and "val" are
-            used.
-        val_data: other data whose split "val" is used.
+        data: "scenes", "scenes-crowded", "scenes-tiles", "easy-vqa", or a .jsonl file. What is held out to watch the
+            training and to find the threshold is their split "val", a tenth of the pictures of a file.
+        val_data: other data to hold out; a .jsonl file is taken whole then, and so is that of --data.
         images: picture folder of a .jsonl file; the file's own unless given.
         skip_bad: leave out records of a .jsonl file that cannot be read.
         stages: comma-separated, of autoencoder, imitate, ppo; without the first of them from a pruner of --init.
@@ -103,13 +107,10 @@ def train(
     settings = choose_settings(preset, config)
     names = parse_names(stages)
     if unknown := [name for name in names if name not in STAGES]:
-        raise ValueError(f"unknown stages {unknown}; known: {', '.join(STAGES)}")
+        raise ValueError(f"unknown stages {', '.join(unknown)}; known: {', '.join(STAGES)}")
     if STAGES[0] not in names and init is None:
         raise ValueError(f"--stages {stages} needs a pruner that has been through {STAGES[0]}; say which with --init")
-    sources = (
-        load_source(data, "train", settings.samples, skip_bad, images),
-        load_source(val_data or data, "val", settings.validation, skip_bad, images),
-    )
+    sources = load_training(data, val_data, settings.samples, settings.validation, skip_bad, images)
     with processes.joined(device) as own_device:
         batches = settings.autoencoder.pictures, settings.imitate.batch, settings.ppo.minibatch
         for name, batch in zip(STAGES, batches, strict=True):

@@ -29,7 +29,8 @@ def load_source(
         images: of a JSONL file, the picture folder; None is the folder of the file.
 
     Raises:
-        ValueError: unknown name or split, an ``n`` below 1 or missing, or ``images`` without a JSONL file.
+        ValueError: unknown name or split, an ``n`` below 1 or missing, or ``images`` or ``skip_bad`` without a JSONL
+            file.
         DataError: a record of a JSONL file cannot be read.
     """
     if n is not None and n < 1:
@@ -38,6 +39,8 @@ def load_source(
         return Jsonl(Path(name), split, n, images, skip_bad)
     if images is not None:
         raise ValueError(f"a picture folder ({images}) goes with a .jsonl file only, not with {name!r}")
+    if skip_bad:
+        raise ValueError(f"bad records are those of a .jsonl file; {name!r} has none to skip")
     if name == "easy-vqa":
         return EasyVqa(split, n)
     if name in SCENES:
@@ -47,4 +50,40 @@ def load_source(
     raise ValueError(f"data {name!r} is not one of {', '.join(SCENES)}, easy-vqa or the path of a .jsonl file")
 
 
-__all__ = ["SCENES", "load_source"]
+def load_training(
+    data: str,
+    val_data: str | None,
+    samples: int,
+    validation: int,
+    skip_bad: bool = False,
+    images: Path | None = None,
+) -> tuple[Source, Source]:
+    """What is trained on and what is held out.
+
+    Args:
+        data: as in ``load_source``.
+        val_data: the same of what is held out. Two JSONL files are taken whole; of one, a tenth of the pictures is held
+            out.
+        samples: at most so many to train on.
+        validation: at most so many held out.
+        skip_bad: see ``load_source``; of both.
+        images: see ``load_source``; of both.
+
+    Raises:
+        ValueError: see ``load_source``; or a picture of ``data`` is held out in ``val_data`` too.
+        DataError: a record of a JSONL file cannot be read.
+    """
+
+    def part(name: str, split: str, n: int) -> Source:
+        whole = val_data is not None and name.endswith(".jsonl")
+        return load_source(name, "test" if whole else split, n, skip_bad, images)
+
+    train, held_out = part(data, "train", samples), part(val_data or data, "val", validation)
+    if isinstance(train, Jsonl) and isinstance(held_out, Jsonl) and train.folder.samefile(held_out.folder):
+        known = {sample.image_id for sample in train.samples}
+        if shared := [sample.image_id for sample in held_out.samples if sample.image_id in known]:
+            raise ValueError(f"{val_data} shows pictures that {data} shows too, such as {shared[0]}: none was held out")
+    return train, held_out
+
+
+__all__ = ["SCENES", "load_source", "load_training"]

@@ -19,7 +19,7 @@ from transformers import BatchFeature
 from tprl import processes
 from tprl.data.sample import Source, samples_digest
 from tprl.evaluate.cell import Cell, score_pictures, score_questions
-from tprl.evaluate.checks import check_budgets, check_out, check_reach
+from tprl.evaluate.checks import CELLS, check_budgets, check_out, check_reach
 from tprl.evaluate.flops import encoded_tokens, kv_cache_mib, lvlm_flops
 from tprl.evaluate.latency import measure_prefills, prompt_inputs
 from tprl.evaluate.methods import QUESTION_BLIND, Method, choice_flops
@@ -30,7 +30,6 @@ from tprl.lvlm.model import Lvlm
 
 TIMED_PICTURES = 15
 RESULTS = "results.json"
-CELLS = "cells"
 
 
 class Benchmark:

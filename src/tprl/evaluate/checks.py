@@ -8,12 +8,15 @@ from tprl.data.sample import Source
 from tprl.evaluate.methods import Method
 from tprl.lvlm.model import Lvlm
 
+CELLS = "cells"
+"""The folder of what was measured, in that of the results."""
 LOOKED_AT = 8
 """Pictures whose visual tokens tell which budgets are allowed."""
 
 
-def check_out(out: Path, resume: bool, overwrite: bool) -> None:
-    """Raise ValueError unless a run may write into ``out``; the first process looks, before any of them writes."""
+def check_out(out: Path, resume: bool, overwrite: bool, results: str = CELLS) -> None:
+    """Raise ValueError unless a run may write into ``out``, and over what is there if ``results`` (a pattern of names)
+    are; the first process looks, before any of them writes."""
     if processes.is_first():
         if resume and overwrite:
             raise ValueError("--resume and --overwrite exclude each other")
@@ -21,6 +24,8 @@ def check_out(out: Path, resume: bool, overwrite: bool) -> None:
             raise ValueError(f"{out} is a file, not a folder")
         if out.exists() and not (resume or overwrite):
             raise ValueError(f"{out} exists; --resume goes on with it, --overwrite throws its results away")
+        if overwrite and out.exists() and any(out.iterdir()) and not any(out.glob(results)):
+            raise ValueError(f"{out} holds no results, so --overwrite leaves it alone; give another folder")
     processes.meet()
 
 
@@ -34,7 +39,10 @@ def check_budgets(lvlm: Lvlm, source: Source, budgets: Iterable[int]) -> int:
     total = max(len(picture.tokens) for picture in lvlm.encode_images([source.image(name) for name in first]))
     for budget in budgets:
         if not 1 <= budget <= total:
-            raise ValueError(f"budget {budget} is not allowed; 1 to {total}, a picture's visual tokens")
+            raise ValueError(
+                f"budget {budget} is not allowed; 1 to {total}, the most visual tokens that one of the first "
+                f"{len(first)} pictures has"
+            )
     return total
 
 

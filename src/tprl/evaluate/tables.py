@@ -46,8 +46,10 @@ def csv_table(results: dict[str, Any]) -> str:
 
 
 def markdown_table(results: dict[str, Any]) -> str:
-    """What was measured, and a table by falling budget, the threshold row first, the best of each budget in bold."""
+    """What was measured, and a table by falling budget, the threshold row first, in bold the best of each budget among
+    those whose layers see no more."""
     rows = results["rows"]
+    kept = [row for row in rows if keeps_to_budget(row)]
     lines = [
         _measured(results),
         "",
@@ -55,7 +57,7 @@ def markdown_table(results: dict[str, Any]) -> str:
         "|---:|:---|---:|---:|---:|---:|---:|---:|---:|",
     ]
     for row in by_budget(rows):
-        accuracy = _bold_if_best(f"{row['accuracy']:.1%}", row, rows)
+        accuracy = _bold_if_best(f"{row['accuracy']:.1%}", row, kept)
         lines.append(
             f"| {row['budget'] or 'threshold'} | {row['method']} | {row['kept_mean']:.1f} | {accuracy} "
             f"| {_points(row, 'drop', 2)} {_interval(row, 'drop', 2)} | {_behind(row, 2)} | {_cost(row)} |"

@@ -7,9 +7,8 @@ from lmms_eval.api.instance import Instance
 from lmms_eval.api.model import lmms
 
 import tprl
-from tprl.commands.evaluate import SHIPPED_PRUNER
 from tprl.evaluate.latency import question_inputs
-from tprl.pocket.assemble import open_lvlm
+from tprl.pocket.assemble import SHIPPED_PRUNER, open_lvlm
 from tprl.progress import track
 from tprl.pruner import TokenPruner
 

@@ -21,6 +21,7 @@ from tprl.pocket.precision import fastest_dtype
 NAME = "pocket-llava"
 ASSETS = Path(tprl.__file__).parent / "assets"
 DELTA = ASSETS / "pocket-llava.safetensors"
+SHIPPED_PRUNER = ASSETS / "pruner"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 

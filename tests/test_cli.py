@@ -9,6 +9,7 @@ import pytest
 from PIL import Image
 
 from tprl.cli import COMMANDS
+from tprl.commands.answer import answer
 from tprl.data import load_source
 from tprl.pocket.assemble import SHIPPED_PRUNER
 
@@ -61,6 +62,7 @@ def test_questions_and_amounts_that_are_not_allowed(picture: Path, tmp_path: Pat
     refused(tprl("answer", picture, "Is there a dog?", "--budget", 0), "0", "at least 1")
     refused(tprl("answer", picture, "Is there a dog?", "--threshold", 1.5), "1.5", "[0, 1]")
     refused(tprl("answer", picture, "Is there a dog?", "--steps"), "--steps", "--picture")
+    refused(tprl("answer", picture, "Is there a dog?", "--method", "divprune"), "divprune", "--budget")
     drawn = tmp_path / "kept.png"
     refused(tprl("answer", picture, "Is there a dog?", "--budget", 577, "--picture", drawn), "577", "1 to 576")
     assert not drawn.exists()
@@ -74,6 +76,12 @@ def test_an_answer_with_a_picture_of_what_was_kept(picture: Path, tmp_path: Path
     assert "64" in outcome.stdout
     with Image.open(drawn) as shown:
         assert shown.width > 3 * 400
+
+
+def test_a_peer_answers_too(picture: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    answer(picture, "Is there a dog in the picture?", method="divprune", budget=64, picture=tmp_path / "kept.png")
+    assert "\u2502 576 \u2502 64 " in " ".join(capsys.readouterr().out.split())
+    assert (tmp_path / "kept.png").stat().st_size > 10_000
 
 
 def test_a_run_directory_that_exists_is_left_alone(tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ from torch import Tensor
 from tprl.data.jsonl import read_image
 from tprl.draw import draw_kept, headed, side_by_side
 from tprl.evaluate.answers import Answered, answered
-from tprl.evaluate.methods import Method
+from tprl.evaluate.methods import check_names, make_methods
 from tprl.pocket.assemble import SHIPPED_PRUNER, open_lvlm
 from tprl.pruner import TokenPruner
 from tprl.types import VisualTokens
@@ -21,6 +21,7 @@ def answer(
     image: Path,
     question: str,
     *,
+    method: str = TokenPruner.name,
     budget: int | None = None,
     threshold: float | None = None,
     picture: Path | None = None,
@@ -35,6 +36,7 @@ def answer(
     Args:
         image: the picture's file.
         question: what is asked.
+        method: what chooses the tokens, "tprl" or a peer, which needs --budget; an unknown name lists all.
         budget: visual tokens to keep; by the pruner's threshold unless given.
         threshold: keep probability above which a token stays; the pruner's calibrated one unless given.
         picture: PNG file to draw the kept patches into.
@@ -54,21 +56,28 @@ def answer(
         raise ValueError(f"--budget must be at least 1, got {budget}")
     if steps and picture is None:
         raise ValueError("--steps are drawn into a picture; say which with --picture")
+    check_names([method])
+    if method != TokenPruner.name:
+        if budget is None:
+            raise ValueError(f"--method {method} has no threshold; give --budget")
+        if steps or pruner is not None:
+            raise ValueError(f"--steps and --pruner go with --method {TokenPruner.name}, not with {method}")
     shown = read_image(image)
     lvlm = open_lvlm(model, dtype, device)
-    policy = TokenPruner.from_pretrained(pruner or SHIPPED_PRUNER, lvlm.fingerprint).to(device)
-    if budget is None and threshold is None:
-        threshold = policy.config.threshold
+    policy = None
+    if method == TokenPruner.name:
+        policy = TokenPruner.from_pretrained(pruner or SHIPPED_PRUNER, lvlm.fingerprint).to(device)
+    (row,) = make_methods([method], [budget] if budget else [], policy, threshold, budget is None, seed=0)
     visual = lvlm.visual_tokens(lvlm.encode_images([shown]), [question])
     total = int(visual.mask.sum())
     if budget is not None and budget > total:
         raise ValueError(f"--budget {budget} is more than the picture's {total} visual tokens; allowed: 1 to {total}")
     whole = answered(lvlm, shown, question)
-    short = answered(lvlm, shown, question, Method(policy.name, policy, budget, threshold))
+    short = answered(lvlm, shown, question, row)
     _print(question, whole, short)
     if picture is not None:
         keep = torch.zeros(total, dtype=torch.bool).index_fill(0, short.kept, True)
-        headed(_draw(shown, visual, keep, policy, short.text, steps), question, 17).save(picture)
+        headed(_draw(shown, visual, keep, policy if steps else None, short.text), question, 17).save(picture)
         print(f"wrote {picture}")
 
 
@@ -85,12 +94,11 @@ def _print(question: str, whole: Answered, short: Answered) -> None:
     Console().print(table)
 
 
-def _draw(
-    image: Image.Image, visual: VisualTokens, keep: Tensor, policy: TokenPruner, text: str, steps: bool
-) -> Image.Image:
+def _draw(image: Image.Image, visual: VisualTokens, keep: Tensor, policy: TokenPruner | None, text: str) -> Image.Image:
+    """What was kept, and with a ``policy`` its way there."""
     coords, total = visual.coords[0].cpu(), len(keep)
     last = draw_kept(image, coords, keep, f"{int(keep.sum())} of {total} tokens: {text}")
-    if not steps:
+    if policy is None:
         return last
     budgets = [total // 3, total // 9, total // 27]
     frames = [draw_kept(image, coords, torch.ones_like(keep), f"all {total} tokens")]

@@ -21,7 +21,6 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
 
-from tprl.commands.evaluate import SHIPPED_PRUNER
 from tprl.config import PpoStage
 from tprl.data import load_source
 from tprl.data.sample import Source
@@ -32,7 +31,7 @@ from tprl.lvlm.model import Lvlm
 from tprl.lvlm.packing import make_prefix
 from tprl.lvlm.prune import prune
 from tprl.lvlm.score import AnswerScores, Within
-from tprl.pocket.assemble import cache_folder, open_lvlm
+from tprl.pocket.assemble import SHIPPED_PRUNER, cache_folder, open_lvlm
 from tprl.pruner import TokenPruner
 from tprl.train.ppo import Rollouts, roll_out
 from tprl.types import Selection, VisualTokens

@@ -28,9 +28,8 @@ import tyro
 from rich.console import Console
 from rich.table import Table
 
-from tprl.commands.evaluate import SHIPPED_PRUNER
 from tprl.data import load_source
-from tprl.pocket.assemble import pocket_llava
+from tprl.pocket.assemble import SHIPPED_PRUNER, pocket_llava
 from tprl.pocket.precision import fastest_dtype
 from tprl.serving import ARCHITECTURES
 
@@ -98,7 +97,10 @@ def served(dtype: str) -> Iterator[None]:
             yield
         finally:
             process.terminate()
-            process.wait(60)
+            try:
+                process.wait(60)
+            except subprocess.TimeoutExpired:
+                process.kill()
 
 
 async def wait(process: "subprocess.Popen[bytes]", log: Path) -> None:

@@ -245,3 +245,12 @@ def test_search_competes_from_the_best_teacher_and_is_bounded() -> None:
     assert 0 < sum(asked) - before <= 30 * 4 * 3 * 3
     nothing = demonstrate(teachers, *run, Search(0, 4, seed=1))
     assert torch.equal(nothing.teacher, without.teacher)
+
+
+def test_the_search_may_win_by_any() -> None:
+    """Another teacher has to beat the first one by the margin, here 0.5; a token worth 0.1 is enough for the search."""
+    visual, weights = grid_tokens(6, 1), torch.zeros(1, 36)
+    weights[0, 0], weights[0, 14] = 1.0, 0.1
+    score = MemoScore(lambda rows, masks: (masks * weights[rows]).sum(-1))
+    run = (visual, [12, 8, 4], torch.zeros(1), score, 1.0, 0.0, 1.0, 0.5)
+    assert demonstrate([Order(range(36))], *run, Search(30, 4, seed=1)).teacher.tolist() == [1]

@@ -43,6 +43,21 @@ def holes(visual: VisualTokens) -> Tensor:
     return state
 
 
+def test_the_trunk_written_out() -> None:
+    """Token by token and head by head: the place's six octaves, the kinds of tokens, attention before the residuals."""
+    policy, visual = make_policy(), visual_tokens([5], [3], LATENT)
+    octaves = torch.tensor([torch.pi * 2**k for k in range(6)]).double()
+    angles = (visual.coords[0].double()[..., None] * octaves).flatten(1)
+    tokens = policy.token_in(visual.tokens[0].double()) + policy.place_in(torch.cat([angles.sin(), angles.cos()], 1))
+    state = torch.cat([tokens + policy.kind[0], policy.query_in(visual.query[0].double()) + policy.kind[1]])
+    for block in policy.trunk:
+        parts = (part.split(4, 1) for part in block.attention_in(block.attention_norm(state)).split(16, 1))
+        heads = [(q @ k.T / 2).softmax(1) @ v for q, k, v in zip(*parts, strict=True)]
+        state = state + block.attention_out(torch.cat(heads, 1))
+        state = state + block.mlp(state)
+    torch.testing.assert_close(look(policy, visual).logits[0], policy.actor(policy.norm(state[:5]))[:, 0])
+
+
 # torch takes another road where no gradient is asked for, so both are walked
 @pytest.mark.parametrize("grad", [True, False])
 def test_a_row_is_what_it_is_alone(grad: bool) -> None:

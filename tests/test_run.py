@@ -3,6 +3,7 @@
 import json
 import os
 import signal
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -139,3 +140,14 @@ def test_a_checkpoint_of_other_versions_is_told(tmp_path: Path, capsys: pytest.C
         fit(RunFolder(tmp_path / "run", {}), make_stage(4), save_every=2)
     fit(RunFolder(tmp_path / "run", {}, resume=True), make_stage(), save_every=2)
     assert "0.0.1" in capsys.readouterr().err
+
+
+def test_weights_that_are_not_finite_stop_the_run(tmp_path: Path) -> None:
+    stage = make_stage()
+
+    def update(step: int) -> dict[str, float]:
+        nn.init.constant_(stage.module.get_parameter("bias"), torch.inf)
+        return {"loss": 0.0}
+
+    with pytest.raises(FloatingPointError, match=r"update 1 of toy .* bias"):
+        fit(RunFolder(tmp_path / "run", {}), replace(stage, update=update), save_every=2)

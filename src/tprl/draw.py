@@ -12,6 +12,8 @@ HEAT = "inferno"
 """Matplotlib's colour map of keep probabilities."""
 SIDE = 480
 """Longer side of a drawn picture in pixels."""
+GAP = 8
+"""Pixels between two pictures in a row."""
 
 
 def spread(coords: Tensor, values: Tensor) -> Tensor:
@@ -84,14 +86,14 @@ def headed(picture: Image.Image, text: str, size: int = 13) -> Image.Image:
     return framed
 
 
-def side_by_side(pictures: list[Image.Image], gap: int = 8) -> Image.Image:
+def side_by_side(pictures: list[Image.Image]) -> Image.Image:
     """Pictures in one row on white."""
-    width = sum(picture.width for picture in pictures) + gap * (len(pictures) - 1)
+    width = sum(picture.width for picture in pictures) + GAP * (len(pictures) - 1)
     row = Image.new("RGB", (width, max(picture.height for picture in pictures)), "white")
     left = 0
     for picture in pictures:
         row.paste(picture, (left, 0))
-        left += picture.width + gap
+        left += picture.width + GAP
     return row
 
 

@@ -6,6 +6,7 @@ import warnings
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from PIL import Image
 
@@ -253,3 +254,18 @@ def test_a_picture_that_changes_is_another_version(folder: Path) -> None:
     assert samples_digest(source) != before
     os.utime(folder / "a.png", ns=(1, 1))  # as many bytes, at another time
     assert source.version("a.png").endswith(":1")
+
+
+def test_pictures_of_16_bits_keep_their_greys(tmp_path: Path) -> None:
+    ramp = (np.arange(256, dtype=np.uint16) * 257).reshape(16, 16)
+    Image.fromarray(ramp).save(tmp_path / "ramp.png")
+    assert np.array_equal(np.asarray(read_image(tmp_path / "ramp.png"))[..., 0], np.arange(256).reshape(16, 16))
+    Image.fromarray(ramp.astype(np.float32)).save(tmp_path / "depth.tiff")
+    with pytest.raises(DataError, match=r"depth\.tiff: its pixels are numbers of 32 bits \(mode F\)"):
+        read_image(tmp_path / "depth.tiff")
+
+
+def test_a_damaged_exif_block_is_a_bad_picture(tmp_path: Path) -> None:
+    Image.new("RGB", (8, 8)).save(tmp_path / "a.png", exif=b"Exif\0\0II*\0")
+    with pytest.raises(DataError, match=r"cannot read picture .*a\.png"):
+        read_image(tmp_path / "a.png")

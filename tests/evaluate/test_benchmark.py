@@ -342,3 +342,24 @@ def test_the_headline_run_is_one_evaluation_a_set(files: Path, capsys: pytest.Ca
     benchmark(files / "out", data=both, resume=True, **options)
     with pytest.raises(ValueError, match="need different file names"):
         benchmark(files / "new", data=f"{files / 'world.jsonl'},world", **options)
+
+
+def test_resume_refuses_all_that_a_cell_was_made_from(tmp_path: Path, pruner: TokenPruner) -> None:
+    lvlm = tiny_lvlm()
+
+    def again(pictures: int = 2, threshold: float = 0.4) -> None:
+        methods = make_methods(["tprl"], [], pruner, threshold, True, 0)
+        Benchmark(lvlm, "m", World(pictures), methods, tmp_path / "out", tmp_path / "cache", resume=True).measure()
+
+    again()
+    with pytest.raises(ValueError, match="with samples"):
+        again(pictures=3)
+    with pytest.raises(ValueError, match=r"with threshold 0\.4 instead of 0\.5"):
+        again(threshold=0.5)
+    with torch.no_grad():
+        lvlm.model.lm_head.weight[5] += 1
+    with pytest.raises(ValueError, match="with weights"):
+        again()
+    lvlm.model.to(torch.bfloat16)
+    with pytest.raises(ValueError, match="dtype float32 instead of bfloat16"):
+        again()

@@ -46,6 +46,8 @@ def test_cases_show_what_was_kept_and_answered(tmp_path: Path) -> None:
     assert gallery["chosen_by"] == "fastervlm-8"
     assert len(gallery["cases"]) == 2
     for case in gallery["cases"]:
+        whole, pruned = case["unpruned"]["score"], case["methods"][0]["score"]
+        assert case["kind"] == ("beyond" if whole < 0.5 else "kept" if pruned >= 0.5 else "lost"), "cells say kept"
         assert Image.open(tmp_path / case["picture"]).size == (24, 24)
         assert (case["rows"], case["columns"]) == (4, 4)
         outer, inner = case["methods"]

@@ -95,6 +95,15 @@ def test_page_is_whole_and_needs_no_network(tmp_path: Path) -> None:
     assert (tmp_path / "again.html").read_text() == page
 
 
+def test_bold_is_the_best_that_keeps_to_its_budget(tmp_path: Path) -> None:
+    write(tmp_path)
+    results = json.loads((tmp_path / "results.json").read_text())
+    results["rows"].append(row("pyramiddrop", 4, 0.95) | {"kept_mean": 9.0})
+    (tmp_path / "results.json").write_text(json.dumps(results))
+    report(tmp_path)
+    assert re.findall(r'class="best">([^<]+)<', (tmp_path / "report.html").read_text()) == ["89.0", "85.0"]
+
+
 def test_nothing_lost_has_no_sign(tmp_path: Path) -> None:
     write(tmp_path)
     results = json.loads((tmp_path / "results.json").read_text())

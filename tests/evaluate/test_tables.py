@@ -3,7 +3,7 @@
 from matplotlib.figure import Figure
 
 from evaluate.world import result_row
-from tprl.evaluate.tables import draw_curves, markdown_table, overview_table
+from tprl.evaluate.tables import draw_curves, is_best, keeps_to_budget, markdown_table, overview_table
 
 RESULTS = {
     "model": "m", "data": "d", "split": "test", "n": 10, "seed": 3, "commit": "0123456789abcdef",
@@ -45,6 +45,14 @@ def test_every_row_stands_by_budget_and_accuracy() -> None:
         "| 64 | peer | 300.0 | 89.0% | 1.00 (0.00 to 2.00) | 0.50 (-0.50 to 1.50) | 60.0% | 50 ms, 2.00x | 1.5 MiB |"
     ), "its layers see more than the budget"
     assert lines[6].startswith("| 64 | tprl | 64.0 | **88.0%** | 2.00 (1.00 to 3.00) |")
+
+
+def test_the_best_is_one_that_keeps_to_its_budget() -> None:
+    rows = RESULTS["rows"]
+    best = [(row["method"], row["budget"]) for row in rows if is_best(row, rows)]
+    assert sorted(best, key=str) == [("tprl", 32), ("tprl", 64), ("tprl", None)]
+    costly = [row for row in rows if not keeps_to_budget(row)]
+    assert not any(is_best(row, costly) for row in costly)
 
 
 def test_curves_stand_at_the_kept_tokens_near_the_unpruned_model_and_whole() -> None:

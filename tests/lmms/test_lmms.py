@@ -70,6 +70,13 @@ def test_lmms_eval_knows_the_model() -> None:
     ("arguments", "message"),
     [
         ({"batch_size": 4}, "one by one: --batch_size 1, got 4"),
+        ({"batch_size": "auto"}, "one by one: --batch_size 1, got auto"),
+        ({"method": "divprune"}, "exactly one"),
+        (
+            {"method": "divprune", "budget": 64, "pruner": "mine"},
+            "a pruner goes with the method tprl, not with",
+        ),
+        ({"pruner": "not/there/at/all"}, "there is no folder"),
         ({"dtype": "int8"}, "dtype 'int8' is not"),
         ({"budget": 64, "keep_ratio": 0.5}, "exactly one"),
         ({"budget": 0}, "budget 0 is not allowed"),
@@ -77,7 +84,7 @@ def test_lmms_eval_knows_the_model() -> None:
     ],
 )
 def test_arguments_that_are_not_allowed(arguments: dict[str, Any], message: str) -> None:
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises((ValueError, FileNotFoundError), match=message):
         Tprl(**arguments)
 
 
@@ -103,6 +110,10 @@ def test_what_is_asked_of_it(folder: Path, model: Tprl) -> None:
     assert text[-1] not in first
     with pytest.raises(ValueError, match="shows 2 pictures"):
         model.generate_until([request([picture, picture])])
+    with pytest.raises(ValueError, match="shows 0 pictures"):
+        model.generate_until([request([])])
+    with pytest.raises(ValueError, match="shows a str, no picture, with question 0"):
+        model.generate_until([request(["video.mp4"])])
     with pytest.raises(ValueError, match="answers greedily"):
         model.generate_until([request([picture], do_sample=True)])
     with pytest.raises(ValueError, match="generate_until"):

@@ -17,7 +17,7 @@ from transformers import PreTrainedTokenizerFast
 import tprl
 from lvlm.processors import processor_of
 from lvlm.tiny import Tiny, make
-from tprl.lvlm.model import ImageFeatures, Lvlm
+from tprl.lvlm.model import ImageFeatures, Lvlm, fingerprint
 from tprl.selectors.grid import UniformGrid
 from tprl.types import Selection, VisualTokens
 
@@ -270,6 +270,18 @@ def test_fingerprints_follow_what_a_pruner_is_fitted_to() -> None:
     model.config.text_config.vocab_size += 1
     model.config.name_or_path = "elsewhere"
     assert Lvlm(model).fingerprint == known["llava"]
+
+
+@pytest.mark.parametrize(
+    "key",
+    [
+        *("depth", "embed_dim", "image_size", "patch_size", "num_hidden_layers", "spatial_merge_size", "scale_factor"),
+        *("downsample_ratio", "mm_tokens_per_image", "image_grid_pinpoints"),
+    ],
+)
+def test_every_size_of_the_layout_counts(key: str) -> None:
+    one, other = (fingerprint({"model_type": "m", "vision_config": {key: size}}) for size in (2, 4))
+    assert one != other
 
 
 def test_width_and_a_missing_processor() -> None:

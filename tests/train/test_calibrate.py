@@ -72,3 +72,14 @@ def test_a_look_after_a_stage_is_at_the_first_samples_alone(monkeypatch: pytest.
     metrics = pipeline._look_at(make_pruner(), puzzle, (torch.arange(len(puzzle)) < 9).float())
     assert metrics["accuracy_unpruned"] == 1
     assert sorted(asked) == sorted([*range(9)] * 3)  # by both budgets and by threshold
+
+
+def test_one_shot_is_the_mean_over_all_batches(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "BATCH", 16)
+    puzzle, pruner = cast(Any, Puzzle()), make_pruner()
+    everyone = range(len(puzzle))
+    found, visual = module.one_shot(pruner, puzzle, torch.ones(len(puzzle)), budget=3), puzzle.visual(everyone)
+    keep = pruner.select(visual, torch.full((len(puzzle),), 3)).keep_mask
+    assert len(puzzle) > 2 * 16
+    assert (found.kept, found.unpruned) == (3, 1)
+    assert found.accuracy == pytest.approx(float(puzzle.accuracy(everyone, visual.tokens, keep).mean()))

@@ -1,5 +1,6 @@
 """Demonstrations become targets, and targets become a policy."""
 
+from itertools import chain
 from pathlib import Path
 from typing import Any, cast
 
@@ -10,7 +11,9 @@ from evaluate.world import World, tiny_lvlm
 from tprl.config import ImitateStage, PpoStage, TrainConfig
 from tprl.demonstrations import MemoScore
 from tprl.lvlm.cache import EncodedSamples
+from tprl.lvlm.text_attention import text_attention
 from tprl.run import RunFolder
+from tprl.train import imitate
 from tprl.train.imitate import (
     DemonstrationSet,
     collect_demonstrations,
@@ -135,3 +138,50 @@ def test_questions_about_one_picture_are_worth_what_each_is_by_itself(tmp_path: 
     torch.testing.assert_close(together, alone)
     wrong = worth_function(data, indices, tokens, "log_likelihood", torch.tensor([1, 0, 1, 1]))(rows, masks)
     assert (wrong - alone).abs().min() > 1e-4
+
+
+def test_an_epoch_shows_every_demonstration_once() -> None:
+    shown = DemonstrationSet(torch.arange(20), torch.ones(20, 2, COUNT, dtype=torch.bool))
+
+    def order(seed: int) -> list[list[int]]:
+        config = TrainConfig(imitate=ImitateStage(batch=5, epochs=2), seed=seed)
+        stage = imitate_stage(make_pruner(), cast(Any, Puzzle()), shown, config)
+        return [(stage.update(step), stage.batch["samples"].tolist())[1] for step in range(stage.steps)]
+
+    seen = order(0)
+    first, second = sorted(chain(*seen[:4])), sorted(chain(*seen[4:]))
+    assert first == second == list(range(20))
+    assert seen[:4] != seen[4:]
+    assert order(1) != seen
+
+
+def test_each_row_has_its_own_questions_attention(data: EncodedSamples) -> None:
+    indices = [5, 0, 6, 3]
+    visual = data.visual(indices)
+    signal = imitate._text_attention(data, indices, visual)
+    for row, index in enumerate(indices):
+        alone = text_attention(data.scorer.reader, data.prefix([index]), visual.tokens[row], [data.block(index)])
+        torch.testing.assert_close(signal[row], alone[0])
+    assert (signal[0] - signal[2]).abs().max() > 1e-4
+
+
+def test_seed_and_margin_reach_the_teachers(data: EncodedSamples, tmp_path: Path) -> None:
+    def shown(*teachers: str, seed: int = 0, margin: float = 0.0) -> torch.Tensor:
+        settings = ImitateStage(demonstrations=8, teachers=teachers, margin=margin, budgets=(8, 4, 2), beta=9.0)
+        run = RunFolder(tmp_path, {}, resume=True)
+        return collect_demonstrations(run, data, TrainConfig(imitate=settings, seed=seed)).states
+
+    assert not torch.equal(shown("random"), shown("random", seed=1))
+    assert torch.equal(shown("uniform", "divprune", margin=1e9), shown("uniform"))
+    assert not torch.equal(shown("uniform", "divprune"), shown("uniform"))
+
+
+def test_shards_of_demonstrations_are_one_set(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    settings, found = ImitateStage(demonstrations=20, teachers=("uniform", "divprune"), budgets=(8, 4), beta=0.3), []
+    for size in (64, 6):
+        monkeypatch.setattr(imitate, "SHARD", size)
+        data = EncodedSamples(tiny_lvlm(), World(), tmp_path / str(size))
+        run = RunFolder(tmp_path / f"run-{size}", {})
+        found.append(collect_demonstrations(run, data, TrainConfig(imitate=settings)))
+    assert torch.equal(found[0].indices, found[1].indices)
+    assert torch.equal(found[0].states, found[1].states)

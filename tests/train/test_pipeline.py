@@ -263,3 +263,9 @@ def test_batches_that_processes_cannot_share_are_refused_before_a_model_is_loade
         train_command(
             tmp_path / "run", model=str(tmp_path / "none"), stages="imitate", init=tmp_path / "pruner", config=single
         )
+
+
+def test_a_training_without_demonstrations(tmp_path: Path, lvlm: Lvlm) -> None:
+    pipeline.train(RunFolder(tmp_path / "run", {}), lvlm, (World(2), World(3)), IDLE, cache=tmp_path / "cache")
+    assert not (tmp_path / "run" / "stages").exists()
+    assert (tmp_path / "run" / "pruner").exists()

@@ -9,6 +9,7 @@ import torch
 
 from tprl import processes
 from tprl.config import PpoStage, TrainConfig
+from tprl.rewards import generalised_advantages
 from tprl.train.ppo import Rollouts, advantages, by_question, describe, improve, ppo_loss, ppo_stage, roll_out
 from train.puzzle import COUNT, Puzzle, make_pruner
 
@@ -182,3 +183,61 @@ def test_processes_share_whole_questions(count: int, monkeypatch: pytest.MonkeyP
 
     assert 6 <= looks(order) < 6 + count
     assert count == 1 or looks(drawn) > 6 + count
+
+
+def test_every_round_and_every_seed_asks_other_questions() -> None:
+    def asked(seed: int, step: int) -> list[int]:
+        stage = ppo_stage(make_pruner(), cast(Any, Puzzle()), TrainConfig(ppo=SETTINGS, seed=seed))
+        stage.update(step)
+        questions: list[int] = stage.batch["samples"].tolist()
+        return questions
+
+    assert asked(0, 0) == asked(0, 0)
+    assert asked(0, 1) != asked(0, 0) != asked(1, 0)
+
+
+def test_a_subset_that_came_up_twice_is_scored_once() -> None:
+    scored = []
+
+    class Watched(Puzzle):
+        def score(self, indices: Any, tokens: Any, keep_mask: torch.Tensor, *given: Any, **named: Any) -> Any:
+            scored.extend((index, tuple(mask)) for index, mask in zip(indices, keep_mask.tolist(), strict=True))
+            return super().score(indices, tokens, keep_mask, *given, **named)
+
+    settings = replace(SETTINGS, rollouts=30)
+    rolled = roll_out(make_pruner(), cast(Any, Watched()), INDICES, settings, torch.Generator().manual_seed(0))
+    masks = rolled.trajectory.states[:, 1:]
+    shown = {(int(row), tuple(mask)) for row, steps in zip(rolled.rows, masks.tolist(), strict=True) for mask in steps}
+    assert len(scored) == len(set(scored)) == len(shown) < masks[..., 0].numel()
+
+
+def test_the_critic_is_asked_and_its_advantages_are_those_of_gae() -> None:
+    settings = replace(SETTINGS, baseline="critic", gamma=0.9, gae_lambda=0.3)
+    (pruner, rolled), visual = rollouts(settings), Puzzle().visual(INDICES)
+    for t in range(settings.horizon):
+        look = pruner.look(pruner.encode(visual), visual, rolled.trajectory.states[:, t], rolled.rows)
+        torch.testing.assert_close(rolled.values[:, t], look.state_value)
+    raw = generalised_advantages(rolled.trajectory.rewards, rolled.values, 0.9, 0.3)
+    advantage, target = advantages(rolled, settings)
+    torch.testing.assert_close(target, raw + rolled.values)
+    torch.testing.assert_close(advantage, (raw - raw.mean()) / (raw.std() + 1e-6))
+
+
+def test_divergence_and_sample_size_by_their_formulas() -> None:
+    (pruner, rolled), everyone = rollouts(), torch.arange(24)
+    held = rolled.trajectory.states[:, :-1]
+    change = 0.1 * held * torch.rand(held.shape, generator=torch.Generator().manual_seed(0))
+    moved, weight = replace(rolled, log_probs=rolled.log_probs - change), change.sum((1, 2)).exp()
+    _, said = ppo_loss(pruner, moved, everyone, *advantages(rolled, SETTINGS), SETTINGS)
+    assert said["approx_kl"] == pytest.approx(float((change.exp() - 1 - change)[held].mean()), rel=1e-3)
+    effective = float(weight.sum() ** 2 / (24 * weight.square().sum()))
+    assert said["effective_sample_size"] == pytest.approx(effective, rel=1e-4)
+
+
+def test_rates_rise_and_fall_each_by_its_own() -> None:
+    """They reach their height in five rounds and end at a tenth of it."""
+    settings = PpoStage(epochs=20, actor_learning_rate=1e-3, critic_learning_rate=3e-3)
+    stage = ppo_stage(make_pruner(), cast(Any, Puzzle()), TrainConfig(ppo=settings))
+    for step, share in ((0, 0.2), (4, 0.82), (19, 0.145)):
+        stage.update(step)
+        assert [group["lr"] for group in stage.optimizer.param_groups] == pytest.approx([1e-3 * share, 3e-3 * share])

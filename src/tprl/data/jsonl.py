@@ -17,12 +17,14 @@ line unless given).
 
 import json
 import posixpath
+import struct
 import warnings
 from collections.abc import Iterator, Sequence
 from math import isfinite
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from PIL import Image, ImageOps
 
 from tprl.data.sample import Box, DataError, Sample
@@ -185,13 +187,19 @@ def read_image(path: Path) -> Image.Image:
     """The RGB picture in a file, decoded to its end and turned upright by its EXIF orientation.
 
     Raises:
-        DataError: there is none, or it is empty, truncated, too large or no picture.
+        DataError: there is none, or it is empty, truncated, too large or no picture, or of 32 bits a pixel's channel,
+            which say nothing of what is white.
     """
     try:
         with Image.open(path) as file:
             file.load()
-            return ImageOps.exif_transpose(file).convert("RGB")
-    except (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError) as error:
+            image = ImageOps.exif_transpose(file)
+            if image.mode.startswith("I;16"):  # which Pillow would cut off at 255
+                image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+            if image.mode in ("I", "F"):
+                raise ValueError(f"its pixels are numbers of 32 bits (mode {image.mode})")
+            return image.convert("RGB")
+    except (OSError, SyntaxError, ValueError, EOFError, struct.error, Image.DecompressionBombError) as error:
         raise DataError(f"cannot read picture {path}: {error}") from error
 
 

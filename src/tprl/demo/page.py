@@ -25,6 +25,8 @@ STYLE = Path(tprl.__file__).parent / "assets" / "demo.css"
 FONTS = ("Inter", "Helvetica Neue", "Segoe UI", "Liberation Sans", "Arial", "sans-serif")
 """Those of them that the visitor has; none is loaded."""
 PICTURES = 8
+FORGOTTEN = 3600
+"""Seconds after which uploads go from the disk."""
 VISITS = 100
 """Visitors whose pictures are held at once."""
 BUDGET = 64
@@ -75,7 +77,7 @@ def build(lvlm: Lvlm, pruner: TokenPruner | None, title: str) -> gr.Blocks:
         shown = (mode != "threshold", mode == "threshold", mode == "steps")
         return tuple(gr.Slider(visible=visible) for visible in shown)
 
-    with gr.Blocks(title="TPRL", analytics_enabled=False) as page:
+    with gr.Blocks(title="TPRL", analytics_enabled=False, delete_cache=(FORGOTTEN, FORGOTTEN)) as page:
         visit = gr.State()
         gr.HTML(f"<h1>What does the answer need to see?</h1><p>{escape(title)}, pruned by what is asked.</p>")
         gallery = gr.Gallery(

@@ -48,10 +48,11 @@ def write_gallery(
     folder.mkdir()
     cases = []
     chosen = choose_cases(source.samples, before.scores, after[shown[0].label].scores, count)
-    for number, (index, kind) in enumerate(track(chosen, "gallery")):
+    for number, (index, _) in enumerate(track(chosen, "gallery")):
         case = _case(lvlm, source, source.samples[index], shown)
         source.image(source.samples[index].image_id).save(folder / f"{number}.jpg", quality=88)
-        cases.append({"picture": f"gallery/{number}.jpg", "kind": kind, **case})
+        cases.append({"picture": f"gallery/{number}.jpg", **case})
+    cases.sort(key=lambda case: KINDS.index(case["kind"]))
     write_json(out / "gallery.json", {"chosen_by": shown[0].label, "cases": cases})
 
 
@@ -61,8 +62,7 @@ def choose_cases(
     """Indices of samples and the kind of each, by kind; see ``write_gallery``."""
     groups: dict[str, list[int]] = {kind: [] for kind in KINDS}
     for index in range(len(samples)):
-        kind = "beyond" if before[index] < RIGHT else "kept" if after[index] >= RIGHT else "lost"
-        groups[kind].append(index)
+        groups[_kind(before[index], after[index])].append(index)
     used: set[str] = set()
     chosen: list[tuple[int, str]] = []
     for left, kind in zip((3, 2, 1), sorted(KINDS, key=lambda kind: len(groups[kind])), strict=True):
@@ -78,12 +78,17 @@ def choose_cases(
     return sorted(chosen, key=lambda case: (KINDS.index(case[1]), case[0]))
 
 
+def _kind(before: float, after: float) -> str:
+    """Of ``KINDS``, by the scores of the unpruned and of the pruned answer."""
+    return "beyond" if before < RIGHT else "kept" if after >= RIGHT else "lost"
+
+
 def _case(lvlm: Lvlm, source: Source, sample: Sample, methods: Sequence[Method]) -> dict[str, Any]:
     inputs = prompt_inputs(lvlm, source, sample)
     coords = lvlm.encode_images([source.image(sample.image_id)])[0].coords.cpu()
     (rows, row), (columns, column) = (np.unique(coords[:, axis].numpy(), return_inverse=True) for axis in (0, 1))
     patches = torch.from_numpy(row * len(columns) + column)
-    entries = []
+    entries: list[dict[str, Any]] = []
     for method in methods:
         with pruned_model(lvlm, method, inputs) as handle:
             answer = greedy_answer(lvlm, inputs)
@@ -98,12 +103,14 @@ def _case(lvlm: Lvlm, source: Source, sample: Sample, methods: Sequence[Method])
             }
         )
     whole = greedy_answer(lvlm, inputs)
+    before = score(sample, whole)
     return {
+        "kind": _kind(before, entries[0]["score"]),  # of the answers shown: the cells' may differ by rounding
         "question": sample.question,
         "accepted": list(sample.answers),
         "family": sample.family,
         "rows": len(rows),
         "columns": len(columns),
-        "unpruned": {"answer": whole, "score": score(sample, whole)},
+        "unpruned": {"answer": whole, "score": before},
         "methods": entries,
     }

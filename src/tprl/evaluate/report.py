@@ -18,7 +18,7 @@ from tprl.checkpoint import save_text
 from tprl.evaluate.ablation import ABLATION
 from tprl.evaluate.benchmark import RESULTS
 from tprl.evaluate.gallery import RIGHT
-from tprl.evaluate.tables import COLOURS, by_budget, draw_curves, keeps_to_budget
+from tprl.evaluate.tables import COLOURS, by_budget, draw_curves, is_best, keeps_to_budget
 
 METRICS = "metrics.jsonl"
 ABLATION_COLOURS = ("#c2410c", "#2563eb", "#059669", "#7c3aed")
@@ -76,6 +76,7 @@ def write_report(folder: Path, run: Path | None, out: Path) -> None:
         colours=COLOURS,
         kinds=KINDS,
         right=RIGHT,
+        is_best=is_best,
     )
     save_text(out, page)
 
@@ -134,7 +135,7 @@ def _is_transfer(results: Row) -> bool:
 
 
 def _transfer(rows: Sequence[Row], budget: int) -> Row | None:
-    same = [row for row in rows if row["budget"] == budget and keeps_to_budget(row)]
+    same = [row for row in rows if row["budget"] == budget and keeps_to_budget(row) and row["accuracy_unpruned"]]
     shares = {row["method"]: row["accuracy"] / row["accuracy_unpruned"] for row in same}
     own = shares.pop("tprl", None)
     best = max(shares, key=lambda name: shares[name], default=None)

@@ -49,7 +49,6 @@ def markdown_table(results: dict[str, Any]) -> str:
     """What was measured, and a table by falling budget, the threshold row first, in bold the best of each budget among
     those whose layers see no more."""
     rows = results["rows"]
-    kept = [row for row in rows if keeps_to_budget(row)]
     lines = [
         _measured(results),
         "",
@@ -57,7 +56,7 @@ def markdown_table(results: dict[str, Any]) -> str:
         "|---:|:---|---:|---:|---:|---:|---:|---:|---:|",
     ]
     for row in by_budget(rows):
-        accuracy = _bold_if_best(f"{row['accuracy']:.1%}", row, kept)
+        accuracy = _bold_if_best(f"{row['accuracy']:.1%}", row, rows)
         lines.append(
             f"| {row['budget'] or 'threshold'} | {row['method']} | {row['kept_mean']:.1f} | {accuracy} "
             f"| {_points(row, 'drop', 2)} {_interval(row, 'drop', 2)} | {_behind(row, 2)} | {_cost(row)} |"
@@ -86,7 +85,7 @@ def overview_table(results: dict[str, Any]) -> str:
     loss = {name: sum(cells[name, budget]["drop_points"] for budget in budgets) for name in methods}
     for name in sorted(methods, key=lambda name: (name in costly, loss[name])):
         own = [cells[name, budget] for budget in budgets]
-        lost = [f"{_bold_if_best(_points(row, 'drop', 1), row, within)} {_interval(row, 'drop', 1)}" for row in own]
+        lost = [f"{_bold_if_best(_points(row, 'drop', 1), row, rows)} {_interval(row, 'drop', 1)}" for row in own]
         seen = f"{own[0]['kept_mean']:.0f} to {own[-1]['kept_mean']:.0f}"
         saved = f"{own[0]['flops_saved']:.0%} to {own[-1]['flops_saved']:.0%}"
         lines.append(f"| {name} | {' | '.join(lost)} | {seen} | {saved} |")
@@ -121,11 +120,14 @@ def _measured(results: dict[str, Any]) -> str:
     )
 
 
+def is_best(row: dict[str, Any], rows: Sequence[dict[str, Any]]) -> bool:
+    """Whether ``row`` is the most accurate of those of ``rows`` under its budget that keep to it."""
+    same = [other["accuracy"] for other in rows if other["budget"] == row["budget"] and keeps_to_budget(other)]
+    return keeps_to_budget(row) and bool(row["accuracy"] == max(same))
+
+
 def _bold_if_best(text: str, row: dict[str, Any], rows: Sequence[dict[str, Any]]) -> str:
-    """``text`` in bold where ``row`` is the most accurate of ``rows`` under its budget."""
-    same = [other for other in rows if other["budget"] == row["budget"]]
-    best = row in same and row["accuracy"] == max(other["accuracy"] for other in same)
-    return f"**{text}**" if best else text
+    return f"**{text}**" if is_best(row, rows) else text
 
 
 def _points(row: dict[str, Any], what: str, digits: int) -> str:

@@ -2,17 +2,17 @@
 
 from typing import Any, NoReturn
 
-import torch
 from lmms_eval.api.instance import Instance
 from lmms_eval.api.model import lmms
+from PIL import Image
 
 import tprl
+from tprl.evaluate.answers import greedy_answer
 from tprl.evaluate.latency import question_inputs
+from tprl.lvlm.cache import ANSWER_LIMIT
 from tprl.pocket.assemble import SHIPPED_PRUNER, open_lvlm
 from tprl.progress import track
 from tprl.pruner import TokenPruner
-
-MAX_NEW_TOKENS = 32
 
 
 class Tprl(lmms):
@@ -20,11 +20,12 @@ class Tprl(lmms):
 
     Args:
         model: "pocket-llava", or a folder or Hub id of a model.
-        method: "tprl", or a peer's name, see ``tprl.selectors``.
+        method: "tprl", or a peer's name, see ``tprl.selectors``; "tprl" unless given.
         pruner: folder or Hub id of the pruner that "tprl" stands for; the shipped one unless given.
         budget: visual tokens to keep.
         keep_ratio: share of the visual tokens to keep.
-        threshold: keep probability above which a token stays. Without any of the three, nothing is pruned.
+        threshold: keep probability above which a token stays; that of the pruner where there is one and no amount is
+            given. Where there is none of these five, nothing is pruned.
         dtype: of the model: "auto", "float32", "bfloat16" or "float16".
         device: as torch names it.
         batch_size: 1, since questions are answered one by one.
@@ -37,7 +38,7 @@ class Tprl(lmms):
     def __init__(
         self,
         model: str = "pocket-llava",
-        method: str = TokenPruner.name,
+        method: str | None = None,
         pruner: str | None = None,
         budget: int | None = None,
         keep_ratio: float | None = None,
@@ -48,13 +49,15 @@ class Tprl(lmms):
         max_batch_size: int | None = None,
     ) -> None:
         super().__init__()
-        if int(batch_size) != 1 or max_batch_size not in (None, 1):
+        if pruner is not None and method not in (None, TokenPruner.name):
+            raise ValueError(f"a pruner goes with the method {TokenPruner.name}, not with {method}")
+        if str(batch_size) != "1" or max_batch_size not in (None, 1):
             raise ValueError(f"questions are answered one by one: --batch_size 1, got {batch_size}")
         self.lvlm = open_lvlm(model, dtype, device)
         amounts: dict[str, Any] = {"budget": budget, "keep_ratio": keep_ratio, "threshold": threshold}
-        if any(amount is not None for amount in amounts.values()):
-            chosen: TokenPruner | str = method
-            if method == TokenPruner.name:
+        if any(given is not None for given in (method, pruner, *amounts.values())):
+            chosen: TokenPruner | str = method or TokenPruner.name
+            if chosen == TokenPruner.name:
                 chosen = TokenPruner.from_pretrained(pruner or SHIPPED_PRUNER, self.lvlm.fingerprint).to(device)
             tprl.prune(self.lvlm.model, chosen, processor=self.lvlm.processor, **amounts)
 
@@ -65,18 +68,15 @@ class Tprl(lmms):
         self, context: str, settings: dict[str, Any], doc_to_visual: Any, doc_id: int, task: str, split: str
     ) -> str:
         pictures = doc_to_visual(self.task_dict[task][split][doc_id])
-        if len(pictures) != 1:
-            raise ValueError(f"{task} shows {len(pictures)} pictures with question {doc_id}; the model tprl takes 1")
+        shown = len(pictures or ())
+        if shown != 1 or not isinstance(pictures[0], Image.Image):
+            what = f"{shown} pictures" if shown != 1 else f"a {type(pictures[0]).__name__}, no picture,"
+            raise ValueError(f"{task} shows {what} with question {doc_id}; the model tprl takes 1 picture")
         if settings.get("do_sample") or settings.get("num_beams", 1) != 1:
             raise ValueError(f"the model tprl answers greedily, {task} asks for {settings}")
         inputs = question_inputs(self.lvlm, pictures[0].convert("RGB"), context)
-        model: Any = self.lvlm.model
-        processor: Any = self.lvlm.processor
-        with torch.no_grad():
-            limit = settings.get("max_new_tokens", MAX_NEW_TOKENS)
-            whole = model.generate(**inputs, max_new_tokens=limit, do_sample=False)
-        text: str = processor.tokenizer.decode(whole[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
-        until = settings.get("until", [])
+        text = greedy_answer(self.lvlm, inputs, settings.get("max_new_tokens", ANSWER_LIMIT))
+        until = settings.get("until") or []
         for end in [until] if isinstance(until, str) else until:
             text = text.split(end)[0] if end else text
         return text.strip()

@@ -1,9 +1,9 @@
-"""Stages two and three of pocket-llava: the language model learns to answer from what the tower sees.
+"""Stage two of pocket-llava: the language model learns to answer from what a perfect tower would see.
 
 Many questions share one picture in one sequence: a question sees the picture and itself, and its positions start
-right after the picture, exactly as if it had been asked alone. Stage two shows *symbolic pictures*: patches that
-carry perfectly read words on a coarser grid, which is quick. Stage three shows real pictures through the tower.
-No visual token is ever dropped.
+right after the picture, exactly as if it had been asked alone. The pictures are *symbolic*: patches that carry
+perfectly read words on a coarser grid, which is quick. Stage three (``joint``) shows real ones. No visual token is ever
+dropped.
 """
 
 import time
@@ -33,14 +33,14 @@ from tprl.pocket.words import blank_word, symbolic_units, word_columns
 
 
 def answer_loss(
-    language: LlamaModel, head: nn.Linear, visual: Tensor, packed: Packed, vocabulary: Tensor | None = None
+    language: LlamaModel, head: nn.Linear, visual: Tensor, packed: Packed, vocabulary: Tensor
 ) -> tuple[Tensor, Tensor]:
     """Cross-entropy of the answers' tokens.
 
     Args:
         visual: ``(B, N, D)`` projected visual tokens.
-        vocabulary: int64, ascending; the token ids that compete, all of them unless given. Most of a short pass's time
-            goes into the whole vocabulary's logits.
+        vocabulary: int64, ascending; the token ids that compete. Most of a short pass's time would go into the logits
+            of all.
 
     Returns:
         The mean loss, and bool ``(questions,)``: whether every token of the answer is the most likely one.
@@ -52,11 +52,8 @@ def answer_loss(
     ).last_hidden_state
     places = packed.targets != IGNORE
     targets, owners = packed.targets[places], packed.owners[places]
-    if vocabulary is None:
-        logits = head(hidden[places]).float()
-    else:
-        logits = nn.functional.linear(hidden[places], head.weight[vocabulary]).float()
-        targets = torch.searchsorted(vocabulary, targets)
+    logits = nn.functional.linear(hidden[places], head.weight[vocabulary]).float()
+    targets = torch.searchsorted(vocabulary, targets)
     wrong = torch.zeros(int(owners.max()) + 1).index_add(0, owners, (logits.argmax(1) != targets).float())
     return nn.functional.cross_entropy(logits, targets), wrong == 0
 

@@ -10,7 +10,7 @@ LOUDNESS = 2.5
 """Pre-activation of the right word of a slot; those of all others are below -3."""
 
 
-def word_columns(embeddings: Tensor, tokenizer: PreTrainedTokenizerBase, seed: int = 0) -> Tensor:
+def word_columns(embeddings: Tensor, tokenizer: PreTrainedTokenizerBase) -> Tensor:
     """Where the projector's second layer starts: one column ``(D,)`` for every unit of ``SLOTS``, ``(D, UNITS)``.
 
     A word is its token embedding, scaled so that what questions name stands out. Of all slots but the kind, only what
@@ -18,7 +18,7 @@ def word_columns(embeddings: Tensor, tokenizer: PreTrainedTokenizerBase, seed: i
     colours are much alike; slots without a direction of their own are turned by a signed permutation of the embedding's
     dimensions, which keeps norms and angles.
     """
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator().manual_seed(0)
     width, columns = embeddings.shape[1], []
     for slot in SLOTS:
         ids = [

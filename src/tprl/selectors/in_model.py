@@ -84,7 +84,9 @@ class SparseVLM(InModel):
     A fixed budget changes two things. The paper lets the rank of the attention say how many tokens go; here, as in the
     tables of the paper, the numbers are given: of ``N`` tokens the stages leave ``N (T / N)^(2/5)``,
     ``N (T / N)^(2/3)`` and ``T``; for ``T = 110`` of 576 these are 297, 191 and 110, where 300, 200 and 110 are
-    published for 192 tokens on average. And recycled tokens take places within the budget instead of coming on top.
+    published for 192 tokens on average. The stages published for fewer, 303, 110 and 36 for 128 and 66, 30 and 17 for
+    64, follow no one rule; for the same ``T`` these are 190, 91 and 36, and 141, 55 and 17. And recycled tokens take
+    places within the budget instead of coming on top.
     ``T`` is what the last layers see; see ``layer_counts``.
 
     Differences: layers 2, 6 and 15 of 32 are scaled to the depth, and what enters them is cut, not what leaves them.

@@ -78,6 +78,7 @@ class PrunedQwen2_5_VL(PrunedModel, Qwen2_5_VLForConditionalGeneration):
         self, input_ids: Tensor, multimodal_embeddings: Any = None, *, is_multimodal: Tensor | None = None
     ) -> Tensor:
         """Embeddings of a step's tokens; where its visual tokens have to move is kept for ``forward``."""
+        self._moves = None
         if multimodal_embeddings:
             assert is_multimodal is not None
             width = self.config.get_text_config().hidden_size

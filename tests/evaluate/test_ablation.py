@@ -13,6 +13,7 @@ from evaluate.world import World, save_world, tiny_lvlm
 from launcher import BY_TWO
 from tprl.commands.ablate import ablate as run_ablation
 from tprl.config import ImitateStage, TrainConfig
+from tprl.data.sample import Sample
 from tprl.evaluate.ablation import ablation_table, compare
 from tprl.evaluate.cell import Cell
 from tprl.train.ablation import FULL, ROWS
@@ -25,6 +26,7 @@ SETTINGS = [
     "--set.ppo.epochs", 2, "--set.ppo.questions", 4, "--set.ppo.rollouts", 2,
 ]  # fmt: skip
 NAMES = ("full", "demonstrations-only", "ppo-only", "steps-3", "no-novelty", "compact-positions")
+SAMPLES = [Sample(str(i), str(i), "?", ("a",), "all", None) for i in range(4)]
 MACHINE = {"cpu": "A", "dtype": "float32", "torch": "2"}
 
 
@@ -35,7 +37,7 @@ def test_rows_by_hand() -> None:
         "critic": {0: {8: Cell([0, 1, 0, 0], [8, 8, 8, 4])}, 2: {8: Cell([0, 0, 0, 0], [8] * 4)}},
         "no-question": {1: {8: Cell([0.5, 0.5, 1, 1], [8] * 4)}},
     }
-    rows = {row["row"]: row for row in compare(measured, dict.fromkeys(measured, "g"), "full")}
+    rows = {row["row"]: row for row in compare(measured, dict.fromkeys(measured, "g"), "full", SAMPLES)}
     assert rows["full"]["accuracy"] == 0.75
     assert rows["full"]["accuracy_sd"] == pytest.approx(0.5 / 2**0.5)
     assert rows["full"]["difference_points"] is None
@@ -48,7 +50,7 @@ def test_rows_by_hand() -> None:
     assert high == 0
     assert rows["no-question"]["difference_points"] == -25
     assert rows["no-question"]["accuracy_sd"] is None
-    alone = compare({"critic": measured["critic"]}, {"critic": "g"}, "full")
+    alone = compare({"critic": measured["critic"]}, {"critic": "g"}, "full", SAMPLES)
     assert alone[0]["difference_points"] is None
     results = {"model": "m", "data": "d", "split": "test", "n": 4, "machine": MACHINE, "commits": ["abc", "def"]}
     table = ablation_table({**results, "rows": list(rows.values())})

@@ -115,7 +115,7 @@ def ablate(
                         save_cells(out / CELLS / f"{name}@{seed}.json", made_from, found[name][seed], measured_by)
                 done = {name: cells for name, cells in found.items() if cells}
                 if processes.is_first():
-                    rows_so_far = compare(done, {name: ROWS[name].group for name in done}, FULL)
+                    rows_so_far = compare(done, {name: ROWS[name].group for name in done}, FULL, test.samples)
                     write_ablation({**about, "commits": sorted(commits), "rows": rows_so_far}, out)
         if processes.is_first():
             print((out / "ablation.md").read_text())

@@ -9,6 +9,7 @@ from statistics import fmean, stdev
 from typing import Any
 
 from tprl.checkpoint import save_text
+from tprl.data.sample import Sample
 from tprl.evaluate.cell import Cell, score_questions
 from tprl.evaluate.methods import make_methods
 from tprl.evaluate.provenance import write_json
@@ -49,17 +50,21 @@ def load_cells(path: Path, made_from: dict[str, Any]) -> tuple[Cells, str]:
     return {part["budget"]: Cell(part["scores"], part["kept"]) for part in content["cells"]}, content["commit"]
 
 
-def compare(measured: Mapping[str, Mapping[int, Cells]], groups: Mapping[str, str], full: str) -> list[dict[str, Any]]:
+def compare(
+    measured: Mapping[str, Mapping[int, Cells]], groups: Mapping[str, str], full: str, samples: Sequence[Sample]
+) -> list[dict[str, Any]]:
     """The rows of the table, one for every row and budget.
 
     A difference is that of the accuracies in points, over the seeds that a row shares with ``full``; its 95 % interval
-    is that of the questions, each with its mean over seeds.
+    is that of the questions, each with its mean over seeds, drawn by picture.
 
     Args:
         measured: cells by row and seed.
         groups: what each row is about.
         full: the row that the others are compared with.
+        samples: the questions.
     """
+    pictures = [sample.image_id for sample in samples]
     rows = []
     for name, seeds in measured.items():
         for budget in next(iter(seeds.values())):
@@ -79,7 +84,7 @@ def compare(measured: Mapping[str, Mapping[int, Cells]], groups: Mapping[str, st
             }
             if others and name != full:
                 own, theirs = _mean_scores([cells[seed] for seed in others]), _mean_scores([*others.values()])
-                row["difference_points"], row["difference_ci95"] = points_ci95(own, theirs, 0)
+                row["difference_points"], row["difference_ci95"] = points_ci95(own, theirs, pictures, 0)
             rows.append(row)
     return rows
 
@@ -104,7 +109,7 @@ def ablation_table(results: dict[str, Any]) -> str:
     machine = results["machine"]
     lines = [
         f"{results['model']} on {results['data']}/{results['split']}, {results['n']} questions. Accuracy, and points "
-        f"against the full method with the 95 % interval over questions. {machine['cpu']}, {machine['dtype']}, "
+        f"against the full method with the 95 % interval, drawn by picture. {machine['cpu']}, {machine['dtype']}, "
         f"torch {machine['torch']}; commit {', '.join(each[:12] for each in results['commits'])}.",
         "",
         "| about | row | seeds | " + " | ".join(heads) + " |",

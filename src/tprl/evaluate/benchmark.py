@@ -199,7 +199,7 @@ class Benchmark:
         pruned = lvlm_flops(config, entering, round(text), counts, encoded_tokens=encoded)
         flops = pruned.total + cell.selector_flops
         return {
-            **quality(method, cells, self.seed),
+            **quality(method, cells, self.source.samples, self.seed),
             "flops": flops,
             "flops_unpruned": whole,
             "flops_saved": 1 - flops / whole,

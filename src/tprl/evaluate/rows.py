@@ -12,16 +12,18 @@ from tprl.evaluate.statistics import points_ci95
 from tprl.pruner import TokenPruner
 
 
-def quality(method: Method, cells: Mapping[str, Cell], seed: int) -> dict[str, Any]:
+def quality(method: Method, cells: Mapping[str, Cell], samples: Sequence[Sample], seed: int) -> dict[str, Any]:
     """Accuracy of a method, what it loses, and how far it is behind TPRL under the same budget, paired question by
     question, in points with their 95 % intervals; None for TPRL itself and where that was not measured.
 
     Args:
         cells: of "unpruned", "blind" and all methods, by label.
+        samples: the questions.
         seed: of the bootstrap.
     """
     cell, unpruned, blind = cells[method.label], cells["unpruned"], cells["blind"]
-    lost, lost_ci95 = points_ci95(unpruned.scores, cell.scores, seed)
+    pictures = [sample.image_id for sample in samples]
+    lost, lost_ci95 = points_ci95(unpruned.scores, cell.scores, pictures, seed)
     row: dict[str, Any] = {
         "method": method.name,
         "budget": method.budget,
@@ -36,7 +38,8 @@ def quality(method: Method, cells: Mapping[str, Cell], seed: int) -> dict[str, A
     }
     own = cells.get(replace(method, name=TokenPruner.name).label)
     if own is not None and method.name != TokenPruner.name:
-        row["behind_tprl_points"], row["behind_tprl_ci95"] = points_ci95(own.scores, cell.scores, seed)
+        behind = points_ci95(own.scores, cell.scores, pictures, seed)
+        row["behind_tprl_points"], row["behind_tprl_ci95"] = behind
     return row
 
 

@@ -194,7 +194,7 @@ class Lvlm:
         whole = prompt.replace(placeholder, self._empty_square if shown is None else shown)
         bos = tokenizer.bos_token is not None and prompt.startswith(tokenizer.bos_token)
         ids = tokenizer(whole, add_special_tokens=not bos)["input_ids"]
-        answered = tokenizer(whole + ending, add_special_tokens=not bos)["input_ids"]
+        answered = tokenizer(whole + ending, add_special_tokens=not bos)["input_ids"] if ending else ids
         if answered[: len(ids)] != ids:  # the answer would melt into the end of the prompt
             answered = ids + tokenizer(ending, add_special_tokens=False)["input_ids"]
         behind = max(i for i, token in enumerate(ids) if token == self.model.config.image_token_id) + 1

@@ -27,3 +27,18 @@ def test_tokens_are_centred_and_scaled_and_then_explained(tmp_path: Path) -> Non
     losses = [stage.update(step)["unexplained_variance"] for step in range(stage.steps)]
     assert losses[-1] < 0.5 * losses[0]
     assert all(torch.equal(weight, policy[name]) for name, weight in pruner.policy.named_parameters())
+
+
+def test_every_step_and_every_seed_sees_other_pictures(tmp_path: Path) -> None:
+    lvlm = tiny_lvlm()
+    data = EncodedSamples(lvlm, World(), tmp_path)
+
+    def seen(seed: int, step: int) -> torch.Tensor:
+        pruner = TokenPruner(PrunerConfig(8, 16, width=lvlm.width, fingerprint=lvlm.fingerprint))
+        stage = autoencoder_stage(pruner, data, AutoencoderStage(pictures=3), seed)
+        stage.update(step)
+        return stage.batch["tokens"]
+
+    assert torch.equal(seen(0, 0), seen(0, 0))
+    assert not torch.equal(seen(0, 0), seen(0, 1))
+    assert not torch.equal(seen(0, 0), seen(1, 0))

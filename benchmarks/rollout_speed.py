@@ -86,7 +86,7 @@ def play_alone(
     for t in range(settings.horizon):
         held = int(state.sum())
         dice.throw(state, noise[t], settings.discount**t)
-        with prune(lvlm.model, cast(Any, dice), budget=None, threshold=0.5, template_ids=lvlm.template_ids):
+        with prune(lvlm.model, cast(Any, dice), budget=None, threshold=0.5, template_ids=lvlm.prompts.template_ids):
             after = ask()
         state = dice.state
         rewards.append(settings.alpha * (after - before) + settings.beta * (1 - int(state.sum()) / held))
@@ -100,7 +100,7 @@ class Resized:
     def __init__(self, data: EncodedSamples, side: int) -> None:
         self.data, self.side = data, side
         self.unpruned = data.unpruned
-        self.before, _ = data.lvlm.prompt_ids(data.samples[0].question)
+        self.before, _ = data.lvlm.prompts.ids(data.samples[0].question)
         self.image_id = int(data.lvlm.model.config.image_token_id)
 
     def visual(self, indices: Sequence[int]) -> VisualTokens:

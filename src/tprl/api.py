@@ -72,7 +72,7 @@ def prune(
             raise ValueError(f"threshold {threshold} is not allowed with {chosen.name}; give budget or keep_ratio")
         return prune_inside(model, chosen, budget=budget, keep_ratio=keep_ratio)
     if processor is not None and template_ids is None:
-        template_ids = Lvlm(model, processor).template_ids
+        template_ids = Lvlm(model, processor).prompts.template_ids
     if isinstance(chosen, TokenPruner):
         chosen.check_fits(Lvlm(model).fingerprint)
         if chosen.token_mean.device != model.device:

@@ -67,7 +67,7 @@ def profile_inference(lvlm: Lvlm, source: Source, pruner: TokenPruner, budget: i
     }
     parts: dict[str, Seconds] = {}
     for name, (selector, amount) in ways.items():
-        options: dict[str, Any] = {**amount, "template_ids": lvlm.template_ids}
+        options: dict[str, Any] = {**amount, "template_ids": lvlm.prompts.template_ids}
         with _phases_of(lvlm), prune(lvlm.model, selector, **options):
             for _ in range(2):
                 with measured() as parts[name]:

@@ -172,7 +172,7 @@ def test_unpruned_and_blind(lvlm: Lvlm, results: dict[str, Any]) -> None:
     unpruned = [score(sample, generated(lvlm, world, index)) for index, sample in enumerate(world.samples)]
     blind = []
     for sample in world.samples:
-        before, after = lvlm.prompt_ids(sample.question)
+        before, after = lvlm.prompts.ids(sample.question)
         ids = before[:-1] + after
         output = lvlm.model.generate(input_ids=torch.tensor([ids]), max_new_tokens=2, do_sample=False, eos_token_id=4)
         answer = lvlm.processor.tokenizer.decode(output[0, len(ids) :], skip_special_tokens=True)
@@ -185,7 +185,7 @@ def test_unpruned_and_blind(lvlm: Lvlm, results: dict[str, Any]) -> None:
 def test_flops_and_cache_include_the_pruner(lvlm: Lvlm, pruner: TokenPruner, results: dict[str, Any]) -> None:
     config = lvlm.model.config
     world = World()
-    lengths = [len(ids) for sample in world.samples for ids in lvlm.prompt_ids(sample.question)[1:]]
+    lengths = [len(ids) for sample in world.samples for ids in lvlm.prompts.ids(sample.question)[1:]]
     text = 1 + sum(lengths) / len(lengths)
     assert {row["flops_unpruned"] for row in results["rows"]} == {lvlm_flops(config, 16, round(text)).total}
     visual = lvlm.visual_tokens(lvlm.encode_images([world.image("0")]), ["what is it ?"])
@@ -196,7 +196,7 @@ def test_flops_and_cache_include_the_pruner(lvlm: Lvlm, pruner: TokenPruner, res
             counts = [16, *[row["budget"]] * (LAYERS - 1)]
             assert row["kept_mean"] == pytest.approx(sum(counts) / LAYERS)
             chosen = row["flops"] - lvlm_flops(config, 16, round(text), counts).total
-            length = 16 + len(lvlm.prompt_ids("what is it ?")[1]) + 1
+            length = 16 + len(lvlm.prompts.ids("what is it ?")[1]) + 1
             assert chosen == pytest.approx(2 * 16 * (length * 8 + 16) + 2 * length * 16, rel=0.2)
         if row["method"] == "tprl":
             assert row["flops"] - language == pytest.approx(extra, rel=0.2)

@@ -6,7 +6,7 @@ from transformers import LlamaConfig
 
 from lvlm.tiny import IMAGE, NAMES, PAD, Tiny, make
 from tprl.lvlm.families import FAMILIES, TOWERS, family_of, grid_coords, image_runs, square_coords
-from tprl.lvlm.model import encode
+from tprl.lvlm.pictures import encode
 
 MIXING = ("out_proj.", "attn.proj.", "attention.o_proj.", "projection_layer.")
 """Ends of a tower's attention, by which patches learn of each other."""

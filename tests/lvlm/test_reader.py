@@ -38,7 +38,7 @@ def keep() -> Tensor:
 @pytest.fixture(scope="module")
 def rows(lvlm: Lvlm) -> list[list[Block]]:
     asked = [(QUESTIONS[row % 4], " ".join([TEXTS[row % 4]] * (1 + row % 3))) for row in range(ROWS)]
-    return [[Block(lvlm.prompt_ids(*both)[1], len(lvlm.prompt_ids(both[0])[1]))] for both in asked]
+    return [[Block(lvlm.prompts.ids(*both)[1], len(lvlm.prompts.ids(both[0])[1]))] for both in asked]
 
 
 def begun_with(*beginnings: Sequence[int]) -> Prefix:

@@ -20,7 +20,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> EncodedSamples:
 
 def alone(data: EncodedSamples, method: InModel, index: int, held: Tensor, budget: int) -> Tensor:
     """Of one sample and its held tokens, by a prompt without the answer, put together here."""
-    decoder, before = data.lvlm.model.get_decoder(), data.lvlm.prompt_ids("?")[0][:-1]
+    decoder, before = data.lvlm.model.get_decoder(), data.lvlm.prompts.ids("?")[0][:-1]
     tokens, block = data.features(data.samples[index].image_id).tokens, data.block(index)
     places = held.nonzero()[:, 0]
     ids = torch.tensor([before + [0] * len(places) + block.ids[: block.answer_start]])

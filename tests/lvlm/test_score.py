@@ -24,7 +24,7 @@ def scorer(lvlm: Lvlm) -> AnswerScorer:
 
 @pytest.fixture(scope="module")
 def before(lvlm: Lvlm) -> list[int]:
-    return lvlm.prompt_ids("?")[0][:-1]
+    return lvlm.prompts.ids("?")[0][:-1]
 
 
 @pytest.fixture(scope="module")
@@ -34,7 +34,7 @@ def prefix(before: list[int]) -> Prefix:
 
 def block(lvlm: Lvlm, number: int) -> Block:
     question, answer = QUESTIONS[number % 4], " ".join([TEXTS[number % 4]] * (1 + number % 3))
-    return Block(lvlm.prompt_ids(question, answer)[1], len(lvlm.prompt_ids(question)[1]))
+    return Block(lvlm.prompts.ids(question, answer)[1], len(lvlm.prompts.ids(question)[1]))
 
 
 @pytest.fixture(scope="module")
@@ -106,7 +106,7 @@ def test_generate_is_greedy_one_question_at_a_time(
     lvlm: Lvlm, scorer: AnswerScorer, before: list[int], prefix: Prefix, tokens: Tensor, keep: Tensor
 ) -> None:
     """Compared without a cache, and cut at an end token that most answers do not reach."""
-    prompts = [lvlm.prompt_ids(QUESTIONS[row % 4])[1] for row in range(6)]
+    prompts = [lvlm.prompts.ids(QUESTIONS[row % 4])[1] for row in range(6)]
     for end in (END, 40):
         wanted = []
         for row, prompt in enumerate(prompts):

@@ -17,7 +17,7 @@ def test_it_is_what_each_question_alone_attends_to(tmp_path: Path) -> None:
     blocks = [data.block(index) for index in indices]
     together = text_attention(data.scorer.reader, data.prefix(indices[:1]), tokens, blocks)
     assert together.shape == (len(blocks), len(tokens))
-    decoder, before = lvlm.model.get_decoder(), lvlm.prompt_ids("?")[0][:-1]
+    decoder, before = lvlm.model.get_decoder(), lvlm.prompts.ids("?")[0][:-1]
     decoder.set_attn_implementation("eager")
     start = len(before)
     for row, block in enumerate(blocks):

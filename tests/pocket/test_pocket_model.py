@@ -90,10 +90,10 @@ def test_training_and_inference_write_the_same_prompt(base: Any) -> None:
     lvlm = open_lvlm("pocket-llava", "float32")
     tokens = Tokens(base[1])
     block = tokens.block("Is there a dog in the picture?", "yes")
-    before, prompt = lvlm.prompt_ids("Is there a dog in the picture?")
+    before, prompt = lvlm.prompts.ids("Is there a dog in the picture?")
     assert [*tokens.before, tokens.image_id] == before
     assert block.ids[: block.answer_start] == prompt
-    assert block.ids == lvlm.prompt_ids("Is there a dog in the picture?", "yes")[1]
+    assert block.ids == lvlm.prompts.ids("Is there a dog in the picture?", "yes")[1]
 
 
 def test_the_language_model_takes_most_of_an_unpruned_prefill() -> None:

@@ -24,7 +24,7 @@ def requests(world: worlds.World) -> list[worlds.Request]:
     """Three pictures, three questions and three ratios, so mixed that neighbours differ in all of them."""
     grid = [(number, question, ratio) for number in range(3) for question in QUESTIONS for ratio in RATIOS]
     return [
-        (world.lvlm.prompt_text(question), worlds.picture(number), ratio)
+        (world.lvlm.prompts.text(question), worlds.picture(number), ratio)
         for number, question, ratio in (grid[10 * index % 27] for index in range(27))
     ]
 
@@ -57,7 +57,7 @@ def test_tokens_without_caches(world: worlds.World, requests: list[worlds.Reques
 def test_every_boundary_of_a_chunk(world: worlds.World) -> None:
     """Chunks of 16 tokens that end before, between and behind the marks around a picture."""
     asked = [
-        (f"{' '.join(['w7'] * lead)} {world.lvlm.prompt_text('w3 w8')}", worlds.picture(1), 0.3)
+        (f"{' '.join(['w7'] * lead)} {world.lvlm.prompts.text('w3 w8')}", worlds.picture(1), 0.3)
         for lead in range(9, 16)
     ]
     with worlds.serving(world, max_num_batched_tokens=16, max_num_seqs=1) as engine:
@@ -81,7 +81,7 @@ def test_a_key_without_the_question_gives_wrong_answers(
 
 def test_the_tower_runs_once_a_picture(world: worlds.World) -> None:
     seen: list[int] = []
-    prompts = [world.lvlm.prompt_text(f"w{number}") for number in range(6)]
+    prompts = [world.lvlm.prompts.text(f"w{number}") for number in range(6)]
     with worlds.serving(world, max_num_seqs=1) as engine:
         (model,) = engine.apply_model(lambda model: model)
         tower = getattr(model, worlds.TOWERS[world.name])
@@ -97,8 +97,8 @@ def test_the_tower_runs_once_a_picture(world: worlds.World) -> None:
 
 def test_the_default_ratio_and_two_pictures(world: worlds.World) -> None:
     """A prompt that says no ratio gets the server's, and every picture of a prompt is pruned by the same question."""
-    prompt = world.lvlm.prompt_text("w2 w6")
-    both = prompt.replace("w2", f"w2 {world.lvlm._placeholder}", 1)
+    prompt = world.lvlm.prompts.text("w2 w6")
+    both = prompt.replace("w2", f"w2 {world.lvlm.prompts.placeholder}", 1)
     pictures = [worlds.picture(1), worlds.picture(2)]
     with worlds.serving(world, hf_overrides=world.overrides(0.25)) as engine:
         answers = worlds.ask(engine, [(prompt, pictures[0], None), (both, pictures, None)])

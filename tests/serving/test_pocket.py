@@ -19,7 +19,7 @@ def test_a_hundred_questions(monkeypatch: pytest.MonkeyPatch) -> None:
     world.lvlm.model.generation_config.eos_token_id = None
     source = load_source("scenes", "test", 100)
     requests: list[worlds.Request] = [
-        (world.lvlm.prompt_text(sample.question), source.image(sample.image_id), 64 / 576) for sample in source.samples
+        (world.lvlm.prompts.text(sample.question), source.image(sample.image_id), 64 / 576) for sample in source.samples
     ]
     expected = [world.answer(*asked) for asked in requests]
     with worlds.serving(world, max_model_len=1024, max_num_batched_tokens=512) as engine:

@@ -36,7 +36,7 @@ def run(processor: Any, prompt: str, number: int = 0, **kwargs: Any) -> Any:
 def test_a_picture_gets_as_many_placeholders_as_are_kept(
     world: worlds.World, processor: Any, number: int, ratio: float | None
 ) -> None:
-    prompt = world.lvlm.prompt_text("w1 w2")
+    prompt = world.lvlm.prompts.text("w1 w2")
     total = world.visual_tokens(worlds.picture(number))
     expected = keep_count(total, 0.5 if ratio is None else ratio)
     output = run(processor, prompt, number, **({} if ratio is None else {"keep_ratio": ratio}))
@@ -49,7 +49,7 @@ def test_a_picture_gets_as_many_placeholders_as_are_kept(
 
 def test_the_key_tells_pictures_questions_and_ratios_apart(world: worlds.World, processor: Any) -> None:
     def key(question: str, number: int = 0, ratio: float = 0.5) -> str:
-        output = run(processor, world.lvlm.prompt_text(question), number, keep_ratio=ratio)
+        output = run(processor, world.lvlm.prompts.text(question), number, keep_ratio=ratio)
         return output["mm_hashes"]["image"][0]
 
     keys = [key("w1 w2"), key("w2 w1"), key("w1"), key("w1 w2", 1), key("w1 w2", 0, 0.25)]
@@ -58,14 +58,14 @@ def test_the_key_tells_pictures_questions_and_ratios_apart(world: worlds.World, 
 
 
 def test_the_question_is_what_tprl_prune_takes_for_it(world: worlds.World, processor: Any) -> None:
-    output = run(processor, world.lvlm.prompt_text("w3 w1 w4"))
+    output = run(processor, world.lvlm.prompts.text("w3 w1 w4"))
     question = output["mm_kwargs"]["image"][0][QUERY].data.tolist()
     assert question == [worlds.WORDS.index(word) for word in ("w3", "w1", "w4")]
 
 
 def test_the_tower_key_is_the_pictures_alone(world: worlds.World, processor: Any) -> None:
     def key(question: str, number: int) -> list[int]:
-        output = run(processor, world.lvlm.prompt_text(question), number)
+        output = run(processor, world.lvlm.prompts.text(question), number)
         return output["mm_kwargs"]["image"][0][KEY].data.tolist()
 
     assert key("w1", 0) == key("w2 w5", 0)
@@ -75,7 +75,7 @@ def test_the_tower_key_is_the_pictures_alone(world: worlds.World, processor: Any
 @pytest.mark.parametrize("ratio", [0, -0.5, 1.01, float("nan"), "half", True, None, [0.5]])
 def test_ratios_that_are_not_allowed(world: worlds.World, processor: Any, ratio: Any) -> None:
     with pytest.raises(ValueError, match=r"keep_ratio .* is not allowed; a number more than 0 and at most 1"):
-        run(processor, world.lvlm.prompt_text("w1"), keep_ratio=ratio)
+        run(processor, world.lvlm.prompts.text("w1"), keep_ratio=ratio)
 
 
 def test_a_ratio_is_a_float() -> None:

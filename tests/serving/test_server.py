@@ -91,7 +91,7 @@ def ask(server: str, **more: Any) -> tuple[int, Any]:
 
 def test_ratios_over_http(world: worlds.World, server: str) -> None:
     """The server's ratio, the request's, one that is not allowed, and the server still answers."""
-    text = len(world.lvlm.processor.tokenizer(world.lvlm.prompt_text("w1 w2"), add_special_tokens=False)["input_ids"])
+    text = len(world.lvlm.processor.tokenizer(world.lvlm.prompts.text("w1 w2"), add_special_tokens=False)["input_ids"])
     for more, ratio in (({}, 0.25), ({"mm_processor_kwargs": {"keep_ratio": 0.5}}, 0.5)):
         status, body = ask(server, **more)
         assert status == 200

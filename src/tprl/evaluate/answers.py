@@ -74,7 +74,7 @@ def answered(lvlm: Lvlm, image: Image.Image, question: str, method: Method | Non
 def greedy_answer(lvlm: Lvlm, inputs: BatchFeature, limit: int = ANSWER_LIMIT) -> str:
     """The model's answer to a prompt of batch 1 by its own ``generate``, pruned or not, of at most ``limit`` tokens."""
     model = cast(Any, lvlm.model)
-    ids = model.generate(**inputs, max_new_tokens=limit, do_sample=False, eos_token_id=lvlm.end_id)
+    ids = model.generate(**inputs, max_new_tokens=limit, do_sample=False, eos_token_id=lvlm.prompts.end_id)
     tokenizer = cast(Any, lvlm.processor).tokenizer
     return str(tokenizer.decode(ids[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)).strip()
 

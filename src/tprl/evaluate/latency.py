@@ -26,7 +26,7 @@ def prompt_inputs(lvlm: Lvlm, source: Source, sample: Sample) -> BatchFeature:
 def question_inputs(lvlm: Lvlm, image: Image.Image, question: str) -> BatchFeature:
     """What ``forward`` and ``generate`` take for a question about a picture, batch 1, by the model's own processor."""
     processor = cast(Any, lvlm.processor)
-    text = lvlm.prompt_text(question)
+    text = lvlm.prompts.text(question)
     bos = processor.tokenizer.bos_token
     inputs = processor(
         text=[text],
@@ -48,7 +48,7 @@ def pruned_model(lvlm: Lvlm, method: Method, inputs: BatchFeature) -> AbstractCo
             cast(Selects, method.selector),
             budget=budget,
             threshold=method.threshold,
-            template_ids=lvlm.template_ids,
+            template_ids=lvlm.prompts.template_ids,
         )
     return dropping(
         cast(Any, lvlm.model).get_decoder(),

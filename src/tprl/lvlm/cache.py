@@ -22,8 +22,9 @@ from tprl import processes
 from tprl.checkpoint import load_checkpoint, save_checkpoint
 from tprl.clock import phase
 from tprl.data.sample import Sample, Source
-from tprl.lvlm.model import EncodedPicture, Lvlm
+from tprl.lvlm.model import Lvlm
 from tprl.lvlm.packing import Block, Prefix, make_prefix
+from tprl.lvlm.pictures import EncodedPicture
 from tprl.lvlm.score import AnswerScorer, AnswerScores, Within
 from tprl.lvlm.shards import Shards
 from tprl.progress import track
@@ -78,7 +79,7 @@ class EncodedSamples:
     @property
     def template(self) -> tuple[list[int], list[int]]:
         """What tokenizer and chat template make of a question and an answer; scores depend on it, tokens do not."""
-        return self.lvlm.prompt_ids("?", "!")
+        return self.lvlm.prompts.ids("?", "!")
 
     @phase("read")
     def visual(self, indices: Sequence[int]) -> VisualTokens:
@@ -137,12 +138,12 @@ class EncodedSamples:
         return make_prefix(before, self._image_id, runs, places, pad_sequence(deep, True) if deep else None)
 
     def _prompt(self, index: int) -> tuple[list[int], Block]:
-        """A sample's prompt up to the last visual token, see ``Lvlm.prompt_ids``, and its block."""
+        """A sample's prompt up to the last visual token, see ``Prompts.ids``, and its block."""
         if index not in self._prompts:
             sample = self.samples[index]
             shown = self._shards.places[sample.image_id].text
-            before, prompt = self.lvlm.prompt_ids(sample.question, None, shown)
-            _, whole = self.lvlm.prompt_ids(sample.question, sample.answers[0], shown)
+            before, prompt = self.lvlm.prompts.ids(sample.question, None, shown)
+            _, whole = self.lvlm.prompts.ids(sample.question, sample.answers[0], shown)
             self._prompts[index] = before, Block(whole, len(prompt))
         return self._prompts[index]
 
@@ -222,7 +223,7 @@ class EncodedSamples:
         """
         prompts = [block.ids[: block.answer_start] for block in map(self.block, indices)]
         prefix = self.prefix(indices, tokens.shape[1] > 0)
-        ids = self.scorer.generate(prefix, tokens, keep_mask, prompts, self.lvlm.end_id, ANSWER_LIMIT, within)
+        ids = self.scorer.generate(prefix, tokens, keep_mask, prompts, self.lvlm.prompts.end_id, ANSWER_LIMIT, within)
         tokenizer = cast(Any, self.lvlm.processor).tokenizer
         return [tokenizer.decode(answer, skip_special_tokens=True) for answer in ids]
 

@@ -16,7 +16,7 @@ from torch import Tensor
 from transformers import GenerationMixin, PreTrainedModel
 
 from tprl.lvlm.families import family_of
-from tprl.lvlm.model import ImageFeatures
+from tprl.lvlm.pictures import ImageFeatures
 
 HANDLE = "_tprl_pruning"
 """Name of the attribute of a pruned model that holds its ``Handle``."""
@@ -208,19 +208,6 @@ def unanswered(text: Tensor, inputs: Mapping[str, Any]) -> Tensor:
         return text
     before = text & (labels == -100).cumprod(1).bool()
     return before | (text & ~before.any(1, keepdim=True))
-
-
-def samples_of(pictures: list[ImageFeatures], placeholder: Tensor) -> Tensor:
-    """The row of ``placeholder (B, L)`` in which each picture stands, int64 on the CPU.
-
-    Raises:
-        ValueError: the pictures have more or fewer visual tokens than the rows.
-    """
-    ends = placeholder.sum(1).cumsum(0).cpu()
-    sizes = torch.tensor([len(picture.tokens) for picture in pictures])
-    if int(sizes.sum()) != int(ends[-1]):
-        raise ValueError(f"the pictures have {int(sizes.sum())} visual tokens, the prompts hold {int(ends[-1])}")
-    return torch.searchsorted(ends, sizes.cumsum(0))
 
 
 def kept_of(pictures: list[ImageFeatures], sample: Tensor, batch: int, keep: Tensor) -> list[list[Kept]]:

@@ -19,19 +19,9 @@ from transformers.utils.generic import ModelOutput
 
 from tprl.lvlm.cut import Choice, Cut, Positions, contained, cut_features, cut_of, shortened
 from tprl.lvlm.families import family_of
-from tprl.lvlm.handle import (
-    Handle,
-    check_amount,
-    kept_of,
-    named,
-    refuse,
-    refuse_encoded,
-    refuse_videos,
-    samples_of,
-    unanswered,
-)
-from tprl.lvlm.model import ImageFeatures, collate, encode, split_pictures
+from tprl.lvlm.handle import Handle, check_amount, kept_of, named, refuse, refuse_encoded, refuse_videos, unanswered
 from tprl.lvlm.past import Past, past_of, remember
+from tprl.lvlm.pictures import ImageFeatures, collate, encode, samples_of, split_pictures
 from tprl.lvlm.signals import recorded_tower
 from tprl.lvlm.whole import count_new_tokens, show_whole, with_prompt
 from tprl.types import Selection, VisualTokens
@@ -107,7 +97,7 @@ def prune(
         threshold: keep what the selector keeps at this threshold of its ``select_above``, in [0, 1]; possibly nothing.
         positions: "original": what is kept stays at its position ids, as if the rest were masked. "compact": position
             ids count the short prompt, and a language model with two-dimensional ones sees a row of tokens.
-        template_ids: ids that belong to the chat template and not to a question, see ``Lvlm.template_ids``. The
+        template_ids: ids that belong to the chat template and not to a question, see ``Prompts.template_ids``. The
             selector takes the attended tokens that are neither these nor placeholders for the question.
 
     Returns:

@@ -14,19 +14,9 @@ from torch import Tensor
 from transformers import Cache, PreTrainedModel
 from transformers.utils.generic import ModelOutput
 
-from tprl.lvlm.handle import (
-    Handle,
-    check_amount,
-    kept_of,
-    named,
-    refuse,
-    refuse_encoded,
-    refuse_videos,
-    samples_of,
-    unanswered,
-)
+from tprl.lvlm.handle import Handle, check_amount, kept_of, named, refuse, refuse_encoded, refuse_videos, unanswered
 from tprl.lvlm.in_model import Dropping, dropping, resumed
-from tprl.lvlm.model import ImageFeatures, encode, split_pictures
+from tprl.lvlm.pictures import ImageFeatures, encode, samples_of, split_pictures
 from tprl.selectors.stages import InModel
 
 

@@ -13,7 +13,8 @@ from torch import Tensor
 
 from tprl.checkpoint import make_once, save_tensors
 from tprl.data.sample import Source
-from tprl.lvlm.model import EncodedPicture, Lvlm
+from tprl.lvlm.model import Lvlm
+from tprl.lvlm.pictures import EncodedPicture
 from tprl.progress import track
 
 SHARD_BYTES = 256 * 2**20

@@ -10,7 +10,8 @@ from torch import Tensor
 from vllm.utils.torch_utils import set_default_torch_dtype
 
 from tprl.lvlm.families import grid_coords
-from tprl.lvlm.model import ImageFeatures, collate, fingerprint
+from tprl.lvlm.model import fingerprint
+from tprl.lvlm.pictures import ImageFeatures, collate
 from tprl.pruner import TokenPruner
 from tprl.serving.request import KEY, QUERY, RATIO, Served, keep_count
 

@@ -96,7 +96,7 @@ class PrunedProcessor(ABC):
         config = self.info.get_hf_config()
         with torch.device("meta"):
             model = AutoModelForImageTextToText.from_config(config)
-        return Lvlm(model, self.info.get_hf_processor()).template_ids | {config.image_token_id}
+        return Lvlm(model, self.info.get_hf_processor()).prompts.template_ids | {config.image_token_id}
 
     @abstractmethod
     def _pictures(self, processed: Mapping[str, Any]) -> list[tuple[Tensor, ...]]:

@@ -22,18 +22,17 @@ def test_cases_are_a_third_of_each_kind_of_many_families_and_pictures() -> None:
     before = [float(i % 5 != 0) for i in range(120)]
     after = [float(i % 7 != 0) for i in range(120)]
     chosen = choose_cases(samples, before, after, 12)
-    assert Counter(kind for _, kind in chosen) == {"lost": 4, "kept": 4, "beyond": 4}
-    for index, kind in chosen:
-        assert kind == ("beyond" if not before[index] else "kept" if after[index] else "lost")
-    assert len({samples[index].image_id for index, _ in chosen}) == 12
+    kinds = {index: "beyond" if not before[index] else "kept" if after[index] else "lost" for index in chosen}
+    assert Counter(kinds.values()) == {"lost": 4, "kept": 4, "beyond": 4}
+    assert len({samples[index].image_id for index in chosen}) == 12
     for kind in ("lost", "kept", "beyond"):
-        assert {samples[index].family for index, k in chosen if k == kind} == {"a", "b", "c"}
+        assert {samples[index].family for index in chosen if kinds[index] == kind} == {"a", "b", "c"}
     assert choose_cases(samples, before, after, 12) == chosen
 
 
 def test_missing_kinds_leave_room_for_the_others() -> None:
     samples = [Sample(str(i), str(i), "?", ("a",), "all", None) for i in range(20)]
-    assert [kind for _, kind in choose_cases(samples, [1.0] * 20, [1.0] * 20, 6)] == ["kept"] * 6
+    assert len(choose_cases(samples, [1.0] * 20, [1.0] * 20, 6)) == 6, "all of one kind"
     assert len(choose_cases(samples[:3], [1.0] * 3, [0.0] * 3, 6)) == 3
 
 

@@ -48,7 +48,7 @@ def write_gallery(
     folder.mkdir()
     cases = []
     chosen = choose_cases(source.samples, before.scores, after[shown[0].label].scores, count)
-    for number, (index, _) in enumerate(track(chosen, "gallery")):
+    for number, index in enumerate(track(chosen, "gallery")):
         case = _case(lvlm, source, source.samples[index], shown)
         source.image(source.samples[index].image_id).save(folder / f"{number}.jpg", quality=88)
         cases.append({"picture": f"gallery/{number}.jpg", **case})
@@ -56,15 +56,13 @@ def write_gallery(
     write_json(out / "gallery.json", {"chosen_by": shown[0].label, "cases": cases})
 
 
-def choose_cases(
-    samples: Sequence[Sample], before: Sequence[float], after: Sequence[float], count: int
-) -> list[tuple[int, str]]:
-    """Indices of samples and the kind of each, by kind; see ``write_gallery``."""
+def choose_cases(samples: Sequence[Sample], before: Sequence[float], after: Sequence[float], count: int) -> list[int]:
+    """Indices of samples, see ``write_gallery``."""
     groups: dict[str, list[int]] = {kind: [] for kind in KINDS}
     for index in range(len(samples)):
         groups[_kind(before[index], after[index])].append(index)
     used: set[str] = set()
-    chosen: list[tuple[int, str]] = []
+    chosen: list[int] = []
     for left, kind in zip((3, 2, 1), sorted(KINDS, key=lambda kind: len(groups[kind])), strict=True):
         taken = Counter[str]()
         for _ in range((count - len(chosen)) // left):
@@ -74,8 +72,8 @@ def choose_cases(
             index = min(free, key=lambda i: taken[samples[i].family])
             taken[samples[index].family] += 1
             used.add(samples[index].image_id)
-            chosen.append((index, kind))
-    return sorted(chosen, key=lambda case: (KINDS.index(case[1]), case[0]))
+            chosen.append(index)
+    return sorted(chosen)
 
 
 def _kind(before: float, after: float) -> str:

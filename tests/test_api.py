@@ -87,10 +87,12 @@ def test_a_token_pruner_prunes_the_model_that_it_was_trained_for(tiny: Tiny, tmp
     for reader in (pruner, "cdpruner"):
         with pytest.raises(ValueError, match=r"give the model's own as processor=, or .* template_ids="):
             tprl.prune(tiny.model, reader, budget=4)
-    with pytest.raises(
-        ValueError, match=r"the pruner is on meta, the model on cpu; move it by pruner.to\(model.device\)"
-    ):
-        tprl.prune(tiny.model, pruner_for(tiny).to("meta"), budget=4, template_ids=frozenset())
+    for moved, where in (("meta", "meta in torch.float32"), (torch.bfloat16, "cpu in torch.bfloat16")):
+        wrong = pruner_for(tiny).to(moved)
+        with pytest.raises(ValueError, match=rf"the pruner is on {where}, the model on cpu; .* pruner.float\(\)"):
+            tprl.prune(tiny.model, wrong, budget=4, template_ids=frozenset())
+    with pytest.raises(ValueError, match="processor Tokenizer is not allowed; the whole one, of AutoProcessor"):
+        tprl.prune(tiny.model, pruner, budget=4, processor=type("Tokenizer", (), {})())
     assert HANDLE not in other.__dict__
     assert HANDLE not in tiny.model.__dict__
 

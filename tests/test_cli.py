@@ -62,10 +62,17 @@ def test_questions_and_amounts_that_are_not_allowed(picture: Path, tmp_path: Pat
     refused(tprl("answer", picture, "Is there a dog?", "--budget", 0), "0", "at least 1")
     refused(tprl("answer", picture, "Is there a dog?", "--threshold", 1.5), "1.5", "[0, 1]")
     refused(tprl("answer", picture, "Is there a dog?", "--steps"), "--steps", "--picture")
+    refused(tprl("answer", picture, "Is there a dog?", "--picture", tmp_path / "kept.foo"), "kept.foo", "kept.png")
+    refused(tprl("answer", picture, "Is there a dog?", "--picture", tmp_path / "no" / "k.png"), "no/k.png", "exists")
     refused(tprl("answer", picture, "Is there a dog?", "--method", "divprune"), "divprune", "--budget")
     drawn = tmp_path / "kept.png"
     refused(tprl("answer", picture, "Is there a dog?", "--budget", 577, "--picture", drawn), "577", "1 to 576")
     assert not drawn.exists()
+
+
+def test_options_of_a_method_that_is_not_measured_are_refused(tmp_path: Path) -> None:
+    for option in (("--pruner", tmp_path), ("--threshold", 0.3)):
+        refused(tprl("evaluate", tmp_path / "out", "--methods", "random,fastv", *option), "tprl", "--methods")
 
 
 def test_an_answer_with_a_picture_of_what_was_kept(picture: Path, tmp_path: Path) -> None:

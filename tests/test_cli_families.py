@@ -71,7 +71,8 @@ def tprl(*arguments: object) -> str:
 def test_a_model_is_trained_for_and_evaluated(name: str, tmp_path: Path) -> None:
     model, run, out = tmp_path / "model", tmp_path / "run", tmp_path / "out"
     save_model(name, model)
-    given = ["--model", model, "--data", save_questions(tmp_path), "--dtype", "float32", "--cache", tmp_path / "cache"]
+    questions = save_questions(tmp_path)
+    given = ["--model", model, "--data", questions, "--dtype", "float32", "--cache", tmp_path / "cache"]
     said = tprl("train", run, *given, *SETTINGS)
     assert ("teachers left out" in said and "fastervlm" in said) == (name == "qwen2_5_vl")
     lvlm = Lvlm.from_pretrained(str(model))
@@ -81,7 +82,7 @@ def test_a_model_is_trained_for_and_evaluated(name: str, tmp_path: Path) -> None
     methods = "tprl,uniform,divprune,fastv"
     measured = ["--pruner", run / "pruner", "--budgets", "4,2", "--methods", methods, "--gallery", 1]
     said = tprl("evaluate", out, *given, *measured)
-    assert "warning: the pruner was trained on questions of questions.jsonl, which are measured here" in said
+    assert f"warning: the pruner was trained on questions of {questions}, which are measured here" in said
     results = json.loads((out / "results.json").read_text())
     assert len(results["rows"]) == 9
     for row in results["rows"]:

@@ -1,5 +1,6 @@
 """Settings that would train something else than was meant are refused when they are made."""
 
+from math import nan
 from typing import Any
 
 import pytest
@@ -20,6 +21,11 @@ from tprl.config import AutoencoderStage, ImitateStage, PpoStage, PrunerShape, T
         (PpoStage, {"baseline": "grup"}, "baseline has to be one of group, critic, got 'grup'"),
         (PpoStage, {"score": "right"}, "score has to be one of log_likelihood, correct, got 'right'"),
         (PpoStage, {"discount": 1.5}, r"discount has to lie in \(0, 1\], got 1.5"),
+        (PpoStage, {"gamma": 9}, r"gamma has to lie in \[0, 1\], got 9"),
+        (PpoStage, {"clip_epsilon": -1.0}, "clip_epsilon has to be above 0, got -1.0"),
+        (PpoStage, {"actor_learning_rate": 0.0}, "actor_learning_rate has to be above 0, got 0.0"),
+        (ImitateStage, {"margin": nan}, "margin has to be at least 0, got nan"),
+        (TrainConfig, {"max_drop": nan}, "max_drop has to be at least 0, got nan"),
         (PrunerShape, {"latent": 0}, "latent has to be at least 1, got 0"),
         (PrunerShape, {"novelty": -1.0}, "novelty has to be at least 0, got -1.0"),
         (PrunerShape, {"policy_heads": 5}, "policy_hidden has to be a multiple of policy_heads, got 96 and 5"),

@@ -63,6 +63,17 @@ def test_a_resumed_run_ends_as_one_that_never_stopped(tmp_path: Path, died_after
     assert torch.equal(stage.module.weight, weight)
 
 
+def test_what_was_broken_off_in_the_metrics_is_gone_before_anything_is_added(tmp_path: Path) -> None:
+    RunFolder(tmp_path / "run", {}).log("one", 0, {"value": 1.0})
+    with (tmp_path / "run" / "metrics.jsonl").open("a") as file:
+        file.write('{"stage": "two"')
+    run = RunFolder(tmp_path / "run", {}, resume=True)
+    assert run.logged("one")
+    run.log("three", 0, {})
+    assert [entry["stage"] for entry in metrics(tmp_path / "run")] == ["one", "three"]
+    assert not run.logged("two")
+
+
 def test_sigterm_saves_and_leaves(tmp_path: Path) -> None:
     lines, weight = uninterrupted(tmp_path / "whole")
     with pytest.raises(SystemExit) as stopped:

@@ -21,7 +21,12 @@ NORMALISED = {
     "well-known": "well known",
     "U.S.A.": "usa",
     "a": "a",
+    "(A)": "a",
+    "A.": "a",
+    "(B)": "b",
     "The": "the",
+    "$.99": "$.99",
+    ".5 m.": ".5 m",
     "?": "?",
     "10:30": "10:30",
     "": "",
@@ -45,6 +50,8 @@ def test_exact_compares_whole_texts() -> None:
     assert exact("red bus", ["red"]) == 0
     assert exact("Two", ["one", "2"]) == 1
     assert exact("", ["?"]) == 0
+    assert exact("A.", ["A"]) == exact("B.", ["B"]) == 1
+    assert exact(".5", ["5"]) == 0
 
 
 def leave_one_out(answer: str, references: list[str]) -> float:

@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import torch
 from transformers import PreTrainedModel
 from transformers.processing_utils import ProcessorMixin
 
@@ -12,7 +13,6 @@ from tprl.lvlm.prune import prune as prune_prompt
 from tprl.lvlm.prune_inside import prune_inside
 from tprl.pruner import TokenPruner
 from tprl.selectors import InModel, Selector, make_selector
-from tprl.selectors.similarity import CDPruner
 
 __all__ = ["TokenPruner", "prune", "unprune"]
 
@@ -51,8 +51,8 @@ def prune(
 
     Raises:
         ValueError: an unknown family or name, a model that is pruned already, a pruner of another model, no way to tell
-            the question from the template, a pruner on another device, not exactly one amount, or a value that is not
-            allowed.
+            the question from the template, a pruner on another device or not in float32, not exactly one amount, or a
+            value that is not allowed.
 
     Example:
         >>> with tprl.prune(model, pruner, budget=64, processor=processor) as pruned:
@@ -71,18 +71,20 @@ def prune(
         if threshold is not None:
             raise ValueError(f"threshold {threshold} is not allowed with {chosen.name}; give budget or keep_ratio")
         return prune_inside(model, chosen, budget=budget, keep_ratio=keep_ratio)
-    if processor is not None and template_ids is None:
-        template_ids = Lvlm(model, processor).prompts.template_ids
     if isinstance(chosen, TokenPruner):
         chosen.check_fits(Lvlm(model).fingerprint)
-        if chosen.token_mean.device != model.device:
+        if (weights := chosen.token_mean).device != model.device or weights.dtype != torch.float32:
             raise ValueError(
-                f"the pruner is on {chosen.token_mean.device}, the model on {model.device}; move it by "
-                "pruner.to(model.device)"
+                f"the pruner is on {weights.device} in {weights.dtype}, the model on {model.device}; a pruner works in "
+                "float32 beside its model: pruner.float().to(model.device)"
             )
         if budget is None and keep_ratio is None and threshold is None:
             threshold = chosen.config.threshold
-    if isinstance(chosen, TokenPruner | CDPruner) and template_ids is None:
+    if processor is not None and template_ids is None:
+        if not isinstance(processor, ProcessorMixin):
+            raise ValueError(f"processor {type(processor).__name__} is not allowed; the whole one, of AutoProcessor")
+        template_ids = Lvlm(model, processor).prompts.template_ids
+    if getattr(chosen, "reads_question", False) and template_ids is None:
         raise ValueError(
             f"{chosen.name} reads the question's own tokens: give the model's own as processor=, or the ids of the "
             "chat template as template_ids="

@@ -3,13 +3,22 @@
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
+from math import inf
 from typing import Literal, get_args
 
 
-def _at_least(least: int, settings: object, names: Sequence[str]) -> None:
+def _at_least(least: int, settings: object, names: Sequence[str], most: float = inf) -> None:
     for name in names:
-        if getattr(settings, name) < least:
-            raise ValueError(f"{name} has to be at least {least}, got {getattr(settings, name)}")
+        if not least <= getattr(settings, name) <= most:  # which "not a number" does not
+            allowed = f"be at least {least}" if most == inf else f"lie in [{least}, {most}]"
+            raise ValueError(f"{name} has to {allowed}, got {getattr(settings, name)}")
+
+
+def _above_zero(settings: object, names: Sequence[str], most: float = inf) -> None:
+    for name in names:
+        if not 0 < getattr(settings, name) <= most:
+            allowed = "be above 0" if most == inf else f"lie in (0, {most}]"
+            raise ValueError(f"{name} has to {allowed}, got {getattr(settings, name)}")
 
 
 @dataclass(frozen=True)
@@ -78,8 +87,9 @@ class AutoencoderStage:
     weight_decay: float = 0.01
 
     def __post_init__(self) -> None:
-        _at_least(0, self, ["steps"])
+        _at_least(0, self, ["steps", "weight_decay"])
         _at_least(1, self, ["pictures"])
+        _above_zero(self, ["learning_rate"])
 
 
 @dataclass(frozen=True)
@@ -116,7 +126,8 @@ class ImitateStage:
     learning_rate: float = 1e-3
 
     def __post_init__(self) -> None:
-        _at_least(0, self, ["demonstrations"])
+        _at_least(0, self, ["demonstrations", "margin", "beta"])
+        _above_zero(self, ["learning_rate"])
         _at_least(1, self, ["search_rounds", "search_children", "epochs", "batch"])
         falling = all(before > after for before, after in pairwise((*self.budgets, 0)))
         if not self.budgets or not falling:
@@ -174,14 +185,15 @@ class PpoStage:
     max_kl: float = 0.02
 
     def __post_init__(self) -> None:
-        _at_least(0, self, ["epochs"])
+        _at_least(0, self, ["epochs", "alpha", "beta", "entropy_coeff", "value_coeff"])
+        _at_least(0, self, ["gamma", "gae_lambda"], most=1)
+        _above_zero(self, ["actor_learning_rate", "critic_learning_rate", "clip_epsilon", "max_kl"])
+        _above_zero(self, ["discount"], most=1)
         _at_least(1, self, ["questions", "horizon", "minibatch", "update_epochs"])
         for name, allowed in (("score", get_args(Score)), ("baseline", get_args(Baseline))):
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name} has to be one of {', '.join(allowed)}, got {getattr(self, name)!r}")
         _at_least(2 if self.baseline == "group" else 1, self, ["rollouts"])
-        if not 0 < self.discount <= 1:
-            raise ValueError(f"discount has to lie in (0, 1], got {self.discount}")
 
 
 @dataclass(frozen=True)
@@ -208,5 +220,5 @@ class TrainConfig:
     save_every: int = 20
 
     def __post_init__(self) -> None:
-        _at_least(0, self, ["seed"])
+        _at_least(0, self, ["seed", "max_drop"])
         _at_least(1, self, ["samples", "validation", "save_every"])

@@ -33,6 +33,7 @@ class TokenPruner(nn.Module):
 
     name = "tprl"
     needs: frozenset[str] = frozenset()
+    reads_question = True
     token_mean: Tensor
     token_scale: Tensor
 
@@ -169,7 +170,7 @@ class TokenPruner(nn.Module):
             fingerprint: of the model that it is to prune; a pruner of another model is refused.
 
         Raises:
-            FileNotFoundError: the folder lacks one of the two files.
+            FileNotFoundError: there is no such folder and no such repository, or it lacks one of the two files.
             ValueError: unknown or missing settings or weights, or another model's fingerprint.
             DamagedCheckpoint: a file is truncated.
         """
@@ -177,7 +178,11 @@ class TokenPruner(nn.Module):
         if not folder.is_dir():
             if folder.is_absolute() or str(name_or_path).count("/") != 1:
                 raise FileNotFoundError(f"there is no folder {folder}")
-            folder = Path(snapshot_download(str(name_or_path), allow_patterns=[WEIGHTS, CONFIG]))
+            try:
+                folder = Path(snapshot_download(str(name_or_path), allow_patterns=[WEIGHTS, CONFIG]))
+            except OSError as error:
+                message = f"there is no folder {folder}, and the Hub did not give a repository of that name: {error}"
+                raise FileNotFoundError(message) from error
         for name in (WEIGHTS, CONFIG):
             if not (folder / name).is_file():
                 raise FileNotFoundError(f"{folder} holds no pruner: {name} is missing")

@@ -96,6 +96,13 @@ class RunFolder:
         if processes.is_first():
             self.checkpoints.mkdir(parents=True, exist_ok=True)
             save_text(folder / "config.json", json.dumps(config, indent=2) + "\n")
+            self._cut_broken_line()
+
+    def _cut_broken_line(self) -> None:
+        """Take away what a run that was killed while it wrote left at the end of the metrics."""
+        path = self.folder / "metrics.jsonl"
+        if path.exists() and not (text := path.read_text()).endswith("\n"):
+            save_text(path, text[: text.rfind("\n") + 1])
 
     def log(self, stage: str, step: int, metrics: dict[str, float]) -> None:
         """Append one line to the metrics."""
@@ -111,8 +118,8 @@ class RunFolder:
     def logged(self, stage: str) -> bool:
         """Whether the metrics hold anything of ``stage``."""
         path = self.folder / "metrics.jsonl"
-        lines = path.read_text().splitlines(keepends=True) if path.exists() else []
-        return any(json.loads(line)["stage"] == stage for line in lines if line.endswith("\n"))
+        lines = path.read_text().splitlines() if path.exists() else []
+        return any(json.loads(line)["stage"] == stage for line in lines)
 
     def rewind(self, stage: str, step: int) -> None:
         """Forget metrics of ``stage`` behind ``step``, which a resumed run will write again."""
@@ -121,8 +128,6 @@ class RunFolder:
             return
         kept = []
         for line in path.read_text().splitlines(keepends=True):
-            if not line.endswith("\n"):
-                continue  # the run was killed while it wrote
             entry = json.loads(line)
             if entry["stage"] != stage or entry["step"] <= step:
                 kept.append(line)

@@ -11,7 +11,7 @@ from tprl.data.sample import Box, Sample
 _ARTICLES = {"a", "an", "the"}
 _NUMBERS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten")
 _DIGITS = {"none": "0"} | {word: str(number) for number, word in enumerate(_NUMBERS)}
-_INSIDE_WORDS = re.compile(r"['\u2019]|(?<!\d)\.|\.(?!\d)|(?<=\d),(?=\d)")
+_INSIDE_WORDS = re.compile(r"['\u2019]|\.(?!\d)|(?<=\d),(?=\d)")
 _BETWEEN_WORDS = re.compile(r"[;/\[\](){}\"\u201c\u201d=+\\_\-<>@`,?!]")
 _NUMBER = re.compile(r"(?<![\w.])-?(?:\d+(?:\.\d+)?|\.\d+)(?:e[+-]?\d+)?(?!\.?\w)", re.IGNORECASE)
 
@@ -20,12 +20,13 @@ def normalise_answer(text: str) -> str:
     """An answer as it is compared: lower case, number words to ten as digits, no punctuation, no articles.
 
     After the evaluation of VQA v2 (arXiv 1612.00837). Points of decimals stay, separators of thousands go. Differs in
-    two things: apostrophes are dropped instead of restored, and an answer that is nothing but articles or punctuation
-    stays as it is, so that the choice "A" is not empty.
+    two things: apostrophes are dropped instead of restored, and an answer that is nothing but articles keeps them, so
+    that the choice "A" is not empty; one that is nothing but punctuation stays as it is.
     """
     text = text.strip().lower()
     words = _BETWEEN_WORDS.sub(" ", _INSIDE_WORDS.sub("", text)).split()
-    return " ".join(_DIGITS.get(word, word) for word in words if word not in _ARTICLES) or text
+    told = [_DIGITS.get(word, word) for word in words if word not in _ARTICLES]
+    return " ".join(told or words) or text
 
 
 def exact(answer: str, references: Sequence[str]) -> float:

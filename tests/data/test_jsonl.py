@@ -209,13 +209,32 @@ def test_of_two_files_either_is_whole(folder: Path) -> None:
     assert len(held_out.samples) == 1
     assert [len(part.samples) for part in load_training(str(own), "scenes", 9, 4)] == [3, 4]
     other.write_text(json.dumps(GOOD | {"image": "d.png"}))
-    with pytest.raises(ValueError, match=r"other.jsonl shows pictures that .*own.jsonl shows too, such as d.png"):
-        load_training(str(own), str(other), 9, 9)
     elsewhere = folder / "elsewhere"
     elsewhere.mkdir()
+    far = elsewhere / "other.jsonl"
+    for name, own_name in (("d.png", other), ("../d.png", far), (str(folder / "d.png"), far)):
+        own_name.write_text(json.dumps(GOOD | {"image": name}))
+        with pytest.raises(ValueError, match=r"other.jsonl holds out pictures that .*own.jsonl trains on, .*d\.png"):
+            load_training(str(own), str(own_name), 9, 9)
     (elsewhere / "d.png").write_bytes((folder / "a.png").read_bytes())
-    other.rename(elsewhere / "other.jsonl")
-    assert len(load_training(str(own), str(elsewhere / "other.jsonl"), 9, 9)[1].samples) == 1
+    far.write_text(json.dumps(GOOD | {"image": "d.png"}))
+    assert len(load_training(str(own), str(far), 9, 9)[1].samples) == 1
+    own.write_text("".join(json.dumps(GOOD | {"image": f"{at}/d.png"}) + "\n" for at in ("elsewhere", elsewhere)))
+    with pytest.raises(ValueError, match=r"own.jsonl holds out pictures that .*own.jsonl trains on"):
+        load_training(str(own), None, 9, 9)
+
+
+def test_picture_folder_and_bad_records_are_those_of_the_file_alone(folder: Path) -> None:
+    path = write(folder, GOOD, {"image": "a.png"})
+    pictures = folder / "pictures"
+    pictures.mkdir()
+    (pictures / "a.png").write_bytes((folder / "a.png").read_bytes())
+    for names in ((str(path), "scenes"), ("scenes", str(path))):
+        with pytest.warns(UserWarning, match="skipped 1 bad records"):
+            parts = load_training(*names, 3, 3, skip_bad=True, images=pictures)
+        assert sorted(len(part.samples) for part in parts) == [1, 3]
+    with pytest.raises(ValueError, match=r"goes with a \.jsonl file only, not with 'scenes'"):
+        load_training("scenes", None, 3, 3, images=pictures)
 
 
 def test_a_picture_is_one_however_it_is_spelt(folder: Path) -> None:

@@ -1,6 +1,7 @@
 """The ablation's table against sums by hand, and the whole recipe through the real command line."""
 
 import json
+import shutil
 import subprocess
 import sys
 from dataclasses import replace
@@ -11,12 +12,14 @@ import pytest
 
 from evaluate.world import World, save_world, tiny_lvlm
 from launcher import BY_TWO
+from lvlm.tiny import make
 from tprl.commands.ablate import ablate as run_ablation
 from tprl.config import ImitateStage, TrainConfig
 from tprl.data.sample import Sample
 from tprl.evaluate.ablation import ablation_table, compare
 from tprl.evaluate.cell import Cell
-from tprl.train.ablation import FULL, ROWS
+from tprl.lvlm.model import Lvlm
+from tprl.train.ablation import FULL, ROWS, check_rows
 from tprl.train.pipeline import STAGES
 
 SETTINGS = [
@@ -83,6 +86,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
     lvlm.model.save_pretrained(folder / "model")
     lvlm.processor.save_pretrained(folder / "model")
     save_world(folder, World(12))
+    shutil.copy(folder / "world.jsonl", folder / "test.jsonl")
     return folder
 
 
@@ -92,9 +96,9 @@ ALONE = (sys.executable, "-m", "tprl.cli")
 def ablate(
     world: Path, *more: object, out: str = "out", processes: tuple[str, ...] = ALONE
 ) -> subprocess.CompletedProcess[str]:
-    questions = world / "world.jsonl"
-    data = ["--model", world / "model", "--data", questions, "--test-data", questions, "--dtype", "float32", "--n", 12]
-    arguments = ["ablate", world / out, *data, "--budgets", "4,2", "--cache", world / "cache", *more, *SETTINGS]
+    data = ["--data", world / "world.jsonl", "--test-data", world / "test.jsonl", "--n", 12]
+    model = ["--model", world / "model", "--dtype", "float32"]
+    arguments = ["ablate", world / out, *model, *data, "--budgets", "4,2", "--cache", world / "cache", *more, *SETTINGS]
     command = [*processes, *map(str, arguments)]
     return subprocess.run(command, capture_output=True, text=True, timeout=240, check=False)
 
@@ -146,6 +150,11 @@ def test_the_recipe_trains_measures_and_goes_on(world: Path) -> None:
     other = ablate(world, "--rows", "full", "--resume", "--budgets", "3")
     assert other.returncode == 2
     assert "other settings" in other.stderr
+    shorter = world / "shorter.jsonl"
+    shorter.write_text("".join((world / "world.jsonl").read_text().splitlines(keepends=True)[1:]))
+    other = ablate(world, "--rows", "full", "--resume", "--data", shorter)
+    assert other.returncode == 2
+    assert "other settings" in other.stderr
     own = world / "out" / "cells" / "full@0.json"
     own.write_text(own.read_text().replace('"novelty": 2.0', '"novelty": 0.0'))
     other = ablate(world, "--rows", "full", "--resume")
@@ -155,6 +164,17 @@ def test_the_recipe_trains_measures_and_goes_on(world: Path) -> None:
     assert many.returncode == 2
     assert "budget 99 is not allowed; 1 to 16" in many.stderr
     assert not (world / "many").exists()
+
+
+def test_rows_that_a_model_cannot_have_are_refused_before_any_is_trained() -> None:
+    settings = TrainConfig()
+    check_rows([*ROWS], Lvlm(make("llava").model), settings)
+    with pytest.raises(
+        ValueError,
+        match=r"rows that Qwen2\.5-VL cannot have, .*: teacher-fastervlm \(teachers fast.*\), "
+        r"compact-positions \(positions 'compact' are not allowed",
+    ):
+        check_rows([*ROWS], Lvlm(make("qwen2_5_vl").model), settings)
 
 
 @pytest.mark.slow
@@ -175,8 +195,11 @@ def test_what_is_refused_before_any_work(tmp_path: Path) -> None:
         run_ablation(tmp_path / "out", seeds="0,-1")
     with pytest.raises(ValueError, match=r"--set\.seed 5 has no say here; --seeds are those of the trainings"):
         run_ablation(tmp_path / "out", config=TrainConfig(seed=5))
-    with pytest.raises(ValueError, match=r"my\.jsonl is trained on; say with --test-data which questions are measured"):
-        run_ablation(tmp_path / "out", data="my.jsonl")
+    for test_data in (None, "my.jsonl", "./my.jsonl"):
+        with pytest.raises(
+            ValueError, match=r"my\.jsonl is trained on; say with --test-data which other questions are"
+        ):
+            run_ablation(tmp_path / "out", data="my.jsonl", test_data=test_data)
     with pytest.raises(ValueError, match="unknown teacher 'oracle'"):
         run_ablation(tmp_path / "out", config=TrainConfig(imitate=ImitateStage(teachers=("oracle",))))
     with pytest.raises(ValueError, match="preset 'huge' is not one of"):

@@ -152,7 +152,14 @@ def test_bad_counts_and_configs(tmp_path: Path) -> None:
     path = tmp_path / "config.json"
     path.write_text(json.dumps(PRESETS["llava-1.5-7b"]))
     assert lvlm_flops(load_config(str(path)), 192, 64) == lvlm_flops(llava, 192, 64)
-    for text in ("{", "[]", "{}", '{"model_type": "none"}'):
+    odd = {**PRESETS["llava-1.5-7b"]["text_config"], "num_attention_heads": 33}
+    for text in (
+        "{",
+        "[]",
+        "{}",
+        '{"model_type": "none"}',
+        json.dumps({**PRESETS["llava-1.5-7b"], "text_config": odd}),
+    ):
         path.write_text(text)
         with pytest.raises(ValueError, match=r"is no config\.json"):
             load_config(str(path))

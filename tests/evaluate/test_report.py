@@ -21,7 +21,6 @@ MACHINE = {"cpu": "A & B", "cores": 2, "threads": 1, "device": "cpu", "torch": "
 def write(folder: Path, data: str = "scenes", **more: Any) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     results = {
-        **more,
         "model": "m",
         "data": data,
         "split": "test",
@@ -29,6 +28,7 @@ def write(folder: Path, data: str = "scenes", **more: Any) -> None:
         "seed": 0,
         "machine": MACHINE,
         "commit": "abc",
+        **more,
     }
     (folder / "results.json").write_text(json.dumps({**results, "rows": ROWS}))
 
@@ -121,9 +121,16 @@ def test_a_folder_of_folders_is_one_page(tmp_path: Path) -> None:
     write(tmp_path / "out" / "scenes")
     write(tmp_path / "out" / "easy-vqa", "easy-vqa")
     report(tmp_path / "out")
-    tags = Tags((tmp_path / "out" / "report.html").read_text())
+    page = (tmp_path / "out" / "report.html").read_text()
+    tags = Tags(page)
     assert tags.open == []
     assert len(set(tags.ids)) == len(tags.ids)
+    assert "Visual tokens of m, pruned" in page
+    write(tmp_path / "out" / "other", model="n")
+    report(tmp_path / "out")
+    page = (tmp_path / "out" / "report.html").read_text()
+    assert "Visual tokens of m and n, pruned" in page
+    assert {"n on scenes, test split", "m on scenes, test split"} <= set(re.findall(r'class="note">(.*split)', page))
 
 
 def ablated(name: str, budget: int | None, difference: float | None) -> dict[str, Any]:
@@ -191,8 +198,8 @@ def test_a_policy_beyond_its_training_data(tmp_path: Path) -> None:
     page = (tmp_path / "out" / "report.html").read_text()
     assert Tags(page).open == []
     table = page[page.index("Beyond the training data") :].split("</table>")[0]
-    assert re.findall(r"<tr[^>]*><td>([^<]+)</td>\s*<td[^>]*>([^<]+)</td>", table) == [
-        ("scenes", "scenes"), ("scenes", "scenes-tiles"),
+    assert re.findall(r"<tr[^>]*><td>([^<]+)</td><td[^>]*>([^<]+)</td>\s*<td[^>]*>([^<]+)</td>", table) == [
+        ("scenes", "scenes", "scenes"), ("tiles", "scenes", "scenes-tiles"),
     ]  # fmt: skip
     assert "98.9 <small>88.9 uniform</small>" in table  # 0.89 and 0.8 of 0.9 at 16 tokens
     assert "94.4 <small>77.8 fastv</small>" in table
@@ -200,15 +207,20 @@ def test_a_policy_beyond_its_training_data(tmp_path: Path) -> None:
 
 def test_shares_of_the_unpruned_accuracy_by_hand() -> None:
     result = {"trained_on": "a", "data": "b", "n": 3, "rows": [row("tprl", 8, 0.45), row("tprl", None, 0.9)]}
-    found = transfers([result, {**result, "data": "a", "rows": [row("random", 4, 0.3)]}])
+    at_home = {**result, "data": "a", "rows": [row("tprl", 8, 0.9), row("tprl", 4, 0.3)]}
+    elsewhere = {**at_home, "rows": [row("random", 8, 0.3), row("tprl", 4, 0.3)]}  # no policy under that budget
+    found = transfers({"beyond": result, "home": at_home, "other": elsewhere})
     assert found is not None
-    assert found["budgets"] == [8, 4]
-    assert [line["data"] for line in found["rows"]] == ["a", "b"]
-    assert found["rows"][0]["cells"] == [None, None]  # no policy there
-    assert found["rows"][1]["cells"] == [{"own": 0.5, "best": None, "other": None}, None]
+    assert found["budgets"] == [8]
+    assert [(line["name"], line["data"]) for line in found["rows"]] == [("home", "a"), ("beyond", "b")]
+    assert [line["cells"] for line in found["rows"]] == [
+        [{"own": 1.0, "best": None, "other": None}], [{"own": 0.5, "best": None, "other": None}],
+    ]  # fmt: skip
     costly = [*result["rows"], row("fastv", 8, 0.6) | {"kept_mean": 20.0}]
-    assert transfers([{**result, "rows": costly}])["rows"][0]["cells"][0]["best"] is None
-    assert transfers([{**result, "data": "a"}, {**result, "trained_on": None}]) is None
+    assert transfers({"": {**result, "rows": costly}})["rows"][0]["cells"][0]["best"] is None
+    assert transfers({"home": at_home, "unknown": {**result, "trained_on": None}}) is None
+    assert transfers({"": {**result, "trained_on": "my.jsonl", "data": "my-test.jsonl"}}) is None
+    assert transfers({"": {**result, "trained_on": "my.jsonl"}}) is not None
 
 
 def test_headlines_say_what_the_rows_say() -> None:

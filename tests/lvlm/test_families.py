@@ -130,6 +130,17 @@ def test_coordinates_are_where_the_picture_is(name: str) -> None:
             assert column == pytest.approx((int(x * columns) + 0.5) / columns)
 
 
+@pytest.mark.parametrize("name", NAMES)
+def test_a_prompt_that_was_cut_short_is_told_from_its_pictures(name: str) -> None:
+    tiny = make(name)
+    inputs = tiny.batch(["I", 2])
+    placeholders = (inputs["input_ids"] == IMAGE).nonzero()
+    inputs["input_ids"][tuple(placeholders[-1])] = 7
+    count = len(placeholders)
+    with pytest.raises(ValueError, match=f"the pictures have {count} visual tokens, the prompts hold {count - 1}"):
+        encode(tiny.model, inputs)
+
+
 @torch.no_grad()
 @pytest.mark.parametrize("name", ["llava_next", "llava_onevision"])
 def test_newlines_close_the_rows(name: str) -> None:

@@ -175,6 +175,12 @@ def test_a_saved_model_loads_with_its_processor(tmp_path: Path) -> None:
     assert Lvlm.from_pretrained(str(tmp_path), dtype="bfloat16").model.dtype == torch.bfloat16
 
 
+def test_a_model_of_another_family_is_refused_before_it_is_loaded(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text('{"model_type": "kosmos-2"}')
+    with pytest.raises(ValueError, match="unknown model family 'kosmos-2'; known: gemma3, idefics3, internvl, llava"):
+        Lvlm.from_pretrained(str(tmp_path))
+
+
 def test_fingerprints_follow_what_a_pruner_is_fitted_to() -> None:
     known = {name: Lvlm(make(name).model).fingerprint for name in ("llava", "pixtral", "qwen2_vl", "gemma3")}
     assert len(set(known.values())) == 4

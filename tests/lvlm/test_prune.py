@@ -5,6 +5,7 @@ hides the dropped tokens. Each equality stands beside controls that must fail.
 """
 
 import inspect
+import pickle
 import threading
 import time
 from collections.abc import Iterator
@@ -18,13 +19,16 @@ import torch
 from torch import Tensor
 from transformers import (
     DynamicCache,
+    EosTokenCriteria,
     GenerationConfig,
     GenerationMixin,
     LlamaConfig,
     LlamaForCausalLM,
     LogitsProcessor,
+    LogitsProcessorList,
     MaxLengthCriteria,
     PreTrainedModel,
+    RepetitionPenaltyLogitsProcessor,
     StaticCache,
     StoppingCriteria,
     StoppingCriteriaList,
@@ -436,9 +440,7 @@ def test_unpruning_leaves_the_model_as_it_was(tiny: Tiny) -> None:
     plain = tiny.model(**inputs).logits
     classes = {name: value for base in kind.__mro__ for name, value in base.__dict__.items()}
     prune(tiny.model, Norms(), budget=2)
-    assert set(state(tiny.model)) - set(before) == {
-        f".{name}" for name in ("forward", "generate", "_expand_inputs_for_generation", HANDLE)
-    }
+    assert set(state(tiny.model)) - set(before) == {f".{name}" for name in (*pruning_module._REPLACEMENTS, HANDLE)}
     assert type(tiny.model) is kind
     assert classes == {name: value for base in kind.__mro__ for name, value in base.__dict__.items()}
     tiny.model.generate(**inputs, max_new_tokens=2)
@@ -496,6 +498,17 @@ def test_a_copy_is_pruned_by_itself(tiny: Tiny) -> None:
     assert pruning.kept is kept
     unprune(copy)
     assert copy(**inputs).logits.shape == plain.shape
+
+
+def test_a_pruned_model_is_not_pickled() -> None:
+    """Where it is loaded its methods would be the model's own, and it would still say that it is pruned."""
+    tiny = make("llava")
+    with prune(tiny.model, Norms(), budget=2):
+        with pytest.raises(ValueError, match="a pruned model cannot be pickled; unprune it first"):
+            pickle.dumps(tiny.model)
+        handle = deepcopy(tiny.model).__dict__[HANDLE]
+        assert handle.attached
+        assert handle.lock is not tiny.model.__dict__[HANDLE].lock
 
 
 def test_saving_and_loading_a_pruned_model_gives_a_whole_one(tiny: Tiny, tmp_path: Any) -> None:
@@ -571,10 +584,12 @@ def test_the_ends_of_a_static_cache_follow_the_short_prompt() -> None:
         ({"budget": 2.7}, "budget 2.7 is not allowed; a whole number"),
         ({"budget": True}, "budget True is not allowed; a whole number"),
         ({"budget": "4"}, "budget '4' is not allowed; a whole number"),
-        ({"keep_ratio": 0.0}, "keep_ratio 0.0 is not allowed; more than 0 and at most 1"),
+        ({"keep_ratio": 0.0}, "keep_ratio 0.0 is not allowed; a number more than 0 and at most 1"),
         ({"keep_ratio": 1.01}, "keep_ratio 1.01"),
-        ({"threshold": -0.1}, "threshold -0.1 is not allowed; 0 to 1"),
+        ({"keep_ratio": "0.3"}, "keep_ratio '0.3' is not allowed; a number"),
+        ({"threshold": -0.1}, "threshold -0.1 is not allowed; a number from 0 to 1"),
         ({"threshold": 1.1}, "threshold 1.1"),
+        ({"threshold": "0.3"}, "threshold '0.3' is not allowed; a number"),
         ({"budget": 1, "positions": "new"}, "positions 'new' is not allowed; 'original' or 'compact'"),
     ],
 )
@@ -636,6 +651,8 @@ def test_what_cannot_be_pruned() -> None:
                 call(input_ids=inputs["input_ids"], pixel_values_videos=inputs["pixel_values"])
         with pytest.raises(ValueError, match="shape"):
             tiny.model(**{**inputs, "attention_mask": inputs["attention_mask"][:, None, None]})
+        with pytest.raises(ValueError, match="mm_token_type_ids, which the processor returns, are missing"):
+            tiny.model(**{name: value for name, value in inputs.items() if name != "mm_token_type_ids"})
         with pytest.raises(ValueError, match="logits_to_keep"):
             tiny.model(**inputs, logits_to_keep=torch.tensor([1]))
         embeds = tiny.model.get_input_embeddings()(inputs["input_ids"])
@@ -781,6 +798,68 @@ def test_a_cache_goes_on_with_as_many_copies_of_its_prompts_as_it_has() -> None:
         two.batch_select_indices(torch.tensor([1]))
         with pytest.raises(ValueError, match="filled by 2 prompts and cannot go on with 1"):
             tiny.model(input_ids=questions[:1], past_key_values=two)
+
+
+def test_a_cache_that_was_cropped_behind_its_picture_goes_on(tiny: Tiny) -> None:
+    """Another end of the question, longer or shorter than the one that was cut off, alone and in a whole prompt."""
+    inputs = tiny.batch([3, "I", 9])
+    length = inputs["input_ids"].shape[1] - 4
+    start = {name: part[:, :length] if part.shape[:2] == (1, length + 4) else part for name, part in inputs.items()}
+    with prune(tiny.model, Norms(), keep_ratio=0.4) as pruning:
+        cache = tiny.model(**inputs, use_cache=True).past_key_values
+        cache.crop(-4)
+        answers = []
+        for count in (1, 3, 4, 6):
+            more = torch.randint(5, 39, (1, count), generator=torch.Generator().manual_seed(count))
+            logits = tiny.model(input_ids=more, past_key_values=deepcopy(cache)).logits
+            whole = torch.cat([start["input_ids"], more], 1)
+            asked = {"input_ids": whole, "attention_mask": torch.ones_like(whole)}
+            options = {**GREEDY, "return_dict_in_generate": True, "output_logits": True}
+            answer = tiny.model.generate(**asked, past_key_values=deepcopy(cache), **options)
+            assert torch.equal(answer.sequences[:, : length + count], whole)
+            answers.append((answer.sequences[:, length:-1], logits, torch.stack(answer.logits, 1)))
+        cache.crop(3 - cache.get_seq_length())
+        with pytest.raises(ValueError, match="cache can be cropped behind its pictures only; start again without it"):
+            tiny.model(input_ids=more, past_key_values=cache)
+    hidden = dropped(tiny, pruning, inputs["input_ids"])[:, :length]
+    for continuation, logits, steps in answers:
+        if tiny.name == "paligemma":
+            continue  # what was cut off its question has been seen by what is left
+        expected = reference(tiny, start, hidden, continuation)[:, length:]
+        assert gap(logits, expected[:, : logits.shape[1]]) < 1e-9
+        assert gap(steps, expected[:, logits.shape[1] - 1 :].float()) < 1e-5
+
+
+def test_a_cache_that_was_emptied_has_forgotten_its_prompt() -> None:
+    tiny = make("llava")
+    text = torch.randint(5, 39, (1, 40), generator=torch.Generator().manual_seed(0))
+    wanted = tiny.model(input_ids=text).logits
+    with prune(tiny.model, Norms(), budget=2):
+        cache = StaticCache(tiny.model.config, max_cache_len=64)
+        tiny.model.generate(**tiny.batch([3, "I", 9]), past_key_values=cache, **GREEDY)
+        cache.reset()
+        tiny.model(input_ids=text[:, :-2], past_key_values=cache)
+        assert gap(tiny.model(input_ids=text[:, -2:], past_key_values=cache).logits, wanted[:, -2:]) < 1e-9
+
+
+def test_the_callers_processors_and_criteria_take_precedence_as_in_any_model() -> None:
+    tiny = make("llava")
+    inputs = tiny.batch([3, "I", 9], [1, "I", 4])
+    plain = tiny.model.generate(**inputs, **GREEDY)
+    ends = StoppingCriteriaList([EosTokenCriteria(int(plain[0, -3]))])
+    unchanged = LogitsProcessorList([RepetitionPenaltyLogitsProcessor(1.0)])
+    options: list[dict[str, Any]] = [{"stopping_criteria": ends}, {"stopping_criteria": ends, "eos_token_id": 7}]
+    wanted = [tiny.model.generate(**inputs, **given, **GREEDY) for given in options]
+    with prune(tiny.model, Norms(), keep_ratio=1.0):
+        assert all(
+            torch.equal(tiny.model.generate(**inputs, **given, **GREEDY), answer)
+            for given, answer in zip(options, wanted, strict=True)
+        )
+    with prune(tiny.model, Norms(), keep_ratio=0.4):
+        plain = tiny.model.generate(**inputs, **GREEDY)
+        assert not torch.equal(tiny.model.generate(**inputs, repetition_penalty=5.0, **GREEDY), plain)
+        found = tiny.model.generate(**inputs, repetition_penalty=5.0, logits_processor=unchanged, **GREEDY)
+        assert torch.equal(found, plain)
 
 
 def test_what_the_caller_gives_generate_sees_whole_sequences(tiny: Tiny) -> None:

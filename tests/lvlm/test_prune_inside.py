@@ -177,6 +177,51 @@ def test_samples_beams_and_turns(tiny: Tiny) -> None:
     assert gap(torch.stack(second.logits, 1), torch.stack(expected.logits, 1)) < 1e-5
 
 
+def test_a_cache_that_was_cropped_behind_its_picture_goes_on(tiny: Tiny) -> None:
+    """With another end of the question, longer or shorter."""
+    cut, inputs = cut_of(tiny.name), tiny.batch([3, "I", 9])
+    mores = [torch.randint(5, 39, (1, count), generator=torch.Generator().manual_seed(count)) for count in (1, 4, 6)]
+
+    def asked() -> list[Tensor]:
+        cache = tiny.model(**inputs, use_cache=True).past_key_values
+        cache.crop(-4)
+        return [tiny.model(input_ids=more, past_key_values=deepcopy(cache)).logits for more in mores]
+
+    with prune_inside(tiny.model, FastV(cut), keep_ratio=0.4) as pruning:
+        found = asked()
+        cache = tiny.model(**inputs, use_cache=True).past_key_values
+        cache.crop(3 - cache.layers[-1].get_seq_length())
+        with pytest.raises(ValueError, match="cache can be cropped behind its pictures only; start again without it"):
+            tiny.model(input_ids=torch.cat(4 * mores, 1), past_key_values=cache)
+    with hiding(tiny.model, cut, dropped(pruning, inputs["input_ids"])):
+        expected = asked()
+    assert all(gap(one, other) < 1e-9 for one, other in zip(found, expected, strict=True))
+
+
+def test_a_cache_that_was_emptied_has_forgotten_its_prompt() -> None:
+    tiny = make("llava")
+    text = torch.randint(5, 39, (1, 40), generator=torch.Generator().manual_seed(0))
+    plain = tiny.model(input_ids=text).logits
+    with prune_inside(tiny.model, FastV(1), keep_ratio=0.4):
+        cache = tiny.model(**tiny.batch([3, "I", 9]), use_cache=True).past_key_values
+        cache.crop(-28)
+        tiny.model(input_ids=text[:, :-2], past_key_values=cache)
+        assert gap(tiny.model(input_ids=text[:, -2:], past_key_values=cache).logits, plain[:, -2:]) < 1e-9
+
+
+def test_candidate_tokens_are_taken_back_in_all_layers() -> None:
+    """Assisted decoding crops what it guessed wrongly off the cache."""
+    tiny = make("llava")
+    inputs = tiny.batch([3, "I", 2])
+    inputs["input_ids"] = torch.cat([inputs["input_ids"], torch.tensor([[7, 8, 9, 7, 8, 9, 7, 8]])], 1)
+    inputs["attention_mask"] = torch.ones_like(inputs["input_ids"])
+    options = {"do_sample": False, "max_new_tokens": 12}
+    with prune_inside(tiny.model, FastV(1), keep_ratio=0.4):
+        wanted = tiny.model.generate(**inputs, **options)
+        for guessed in (1, 3, 5):
+            assert torch.equal(tiny.model.generate(**inputs, prompt_lookup_num_tokens=guessed, **options), wanted)
+
+
 def test_unpruning_leaves_the_model_as_it_was(tiny: Tiny) -> None:
     inputs = tiny.batch(*BATCH)
     tiny.model.generate(**inputs, max_new_tokens=2)

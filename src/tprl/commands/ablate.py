@@ -18,7 +18,7 @@ from tprl.evaluate.checks import CELLS, check_budgets, check_out
 from tprl.evaluate.provenance import commit, machine
 from tprl.lvlm.cache import EncodedSamples, weights_digest
 from tprl.pocket.assemble import cache_folder, open_lvlm
-from tprl.train.ablation import FULL, ROWS, train_row
+from tprl.train.ablation import FULL, ROWS, check_rows, train_row
 
 TRAININGS = "trainings"
 
@@ -71,8 +71,8 @@ def ablate(
     settings = choose_settings(preset, config)
     if settings.seed != TrainConfig().seed:
         raise ValueError(f"--set.seed {settings.seed} has no say here; --seeds are those of the trainings")
-    if data.endswith(".jsonl") and test_data is None:
-        raise ValueError(f"{data} is trained on; say with --test-data which questions are measured")
+    if data.endswith(".jsonl") and (test_data is None or Path(test_data).resolve() == Path(data).resolve()):
+        raise ValueError(f"{data} is trained on; say with --test-data which other questions are measured")
     sources = load_training(data, None, settings.samples, settings.validation)
     test = load_source(test_data or data, split, n)
     with processes.joined(device) as own_device:
@@ -80,15 +80,17 @@ def ablate(
         lvlm = open_lvlm(model, dtype, own_device)
         cache = cache or cache_folder()
         check_budgets(lvlm, test, sizes)
+        check_rows(names, lvlm, settings)
         with processes.first_alone():
             encoded = EncodedSamples(lvlm, test, cache)
         made_from = {
             "weights": weights_digest(lvlm), "dtype": str(lvlm.model.dtype).removeprefix("torch."),
-            "samples": samples_digest(test), "budgets": sizes, "settings": asdict(replace(settings, seed=0)),
+            "trained_on": [samples_digest(source) for source in sources], "samples": samples_digest(test),
+            "budgets": sizes, "settings": asdict(replace(settings, seed=0)),
         }  # fmt: skip
         about = {
-            "model": model, "data": test.name, "split": test.split, "n": len(encoded), "machine": machine(lvlm),
-            "settings": made_from["settings"],
+            "model": model, "trained_on": sources[0].name, "data": test.name, "split": test.split, "n": len(encoded),
+            "machine": machine(lvlm), "settings": made_from["settings"],
         }  # fmt: skip
         with processes.first_alone():
             if overwrite and processes.is_first():

@@ -56,6 +56,10 @@ def answer(
         raise ValueError(f"--budget must be at least 1, got {budget}")
     if steps and picture is None:
         raise ValueError("--steps are drawn into a picture; say which with --picture")
+    if picture is not None and not (
+        picture.parent.is_dir() and picture.suffix.lower() in Image.registered_extensions()
+    ):
+        raise ValueError(f"--picture {picture} cannot be written; give a name such as kept.png in a folder that exists")
     check_names([method])
     if method != TokenPruner.name:
         if budget is None:

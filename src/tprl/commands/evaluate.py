@@ -65,6 +65,8 @@ def evaluate(
     check_names(names)
     if seed < 0 or gallery < 0:
         raise ValueError(f"--seed and --gallery are whole numbers from 0 on, got {seed} and {gallery}")
+    if (pruner is not None or threshold is not None) and TokenPruner.name not in names:
+        raise ValueError(f"--pruner and --threshold are those of {TokenPruner.name}, which --methods does not name")
     if threshold is not None and not threshold_row:
         raise ValueError("--threshold is that of the row that --no-threshold-row leaves out; give one of the two")
     with processes.joined(device) as own_device:
@@ -76,10 +78,11 @@ def evaluate(
         if chosen is not None:
             chosen.check_fits(lvlm.fingerprint)
             chosen.to(lvlm.device)
-        known = _trained_on(pruner) if chosen else None
-        if known == source.name and split == "test" and data.endswith(".jsonl") and processes.is_first():
-            print(f"warning: the pruner was trained on questions of {known}, which are measured here", file=sys.stderr)
-        run = Benchmark(lvlm, model, source, rows, out, cache or cache_folder(), seed, resume, overwrite, known)
+        known = _trained_on(pruner) if chosen else []
+        if data.endswith(".jsonl") and split == "test" and Path(data).resolve() in known and processes.is_first():
+            print(f"warning: the pruner was trained on questions of {data}, which are measured here", file=sys.stderr)
+        trained_on = known[0].name if known else None
+        run = Benchmark(lvlm, model, source, rows, out, cache or cache_folder(), seed, resume, overwrite, trained_on)
         run.measure()
         with processes.first_alone():  # the others wait, since they would disturb the prefills
             if not processes.is_first():
@@ -91,11 +94,12 @@ def evaluate(
             print(markdown_table(results))
 
 
-def _trained_on(pruner: Path | None) -> str | None:
-    """The data that a pruner was trained on: the shipped one on scenes, one in the folder of its run on what that run
-    says; None of any other."""
+def _trained_on(pruner: Path | None) -> list[Path]:
+    """The data that a pruner was trained on and, if others, those on which its threshold was found: of the shipped one
+    scenes, of one in the folder of its run what that run says, of any other nothing. Files by their whole path."""
     if pruner is None:
-        return "scenes"
+        return [Path("scenes")]
     run = pruner.resolve().parent / "config.json"
-    data = json.loads(run.read_text()).get("data") if run.is_file() else None
-    return Path(data).name if isinstance(data, str) else None
+    told = json.loads(run.read_text()) if run.is_file() else {}
+    names = [name for name in (told.get("data"), told.get("val_data")) if isinstance(name, str)]
+    return [Path(name).resolve() if name.endswith(".jsonl") else Path(name) for name in names]

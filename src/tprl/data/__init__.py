@@ -66,23 +66,24 @@ def load_training(
             out.
         samples: at most so many to train on.
         validation: at most so many held out.
-        skip_bad: see ``load_source``; of both.
-        images: see ``load_source``; of both.
+        skip_bad: see ``load_source``; of both, as far as they are JSONL files.
+        images: the same.
 
     Raises:
-        ValueError: see ``load_source``; or a picture of ``data`` is held out in ``val_data`` too.
+        ValueError: see ``load_source``; or a picture is trained on and held out.
         DataError: a record of a JSONL file cannot be read.
     """
 
+    any_file = any(name.endswith(".jsonl") for name in (data, val_data or data))
+
     def part(name: str, split: str, n: int) -> Source:
-        whole = val_data is not None and name.endswith(".jsonl")
-        return load_source(name, "test" if whole else split, n, skip_bad, images)
+        if any_file and not name.endswith(".jsonl"):
+            return load_source(name, split, n)
+        return load_source(name, "test" if val_data else split, n, skip_bad, images)
 
     train, held_out = part(data, "train", samples), part(val_data or data, "val", validation)
-    if isinstance(train, Jsonl) and isinstance(held_out, Jsonl) and train.folder.samefile(held_out.folder):
-        known = {sample.image_id for sample in train.samples}
-        if shared := [sample.image_id for sample in held_out.samples if sample.image_id in known]:
-            raise ValueError(f"{val_data} shows pictures that {data} shows too, such as {shared[0]}: none was held out")
+    if isinstance(train, Jsonl) and isinstance(held_out, Jsonl) and (shared := train.files() & held_out.files()):
+        raise ValueError(f"{val_data or data} holds out pictures that {data} trains on, such as {min(shared)}")
     return train, held_out
 
 

@@ -93,6 +93,10 @@ class Jsonl:
         status = (self.folder / image_id).stat()
         return f":{status.st_size}:{status.st_mtime_ns}"
 
+    def files(self) -> set[Path]:
+        """The files of the pictures, each by the one path that it has however it is named."""
+        return {(self.folder / image_id).resolve() for image_id in {sample.image_id for sample in self.samples}}
+
     def _records(self) -> Iterator[Line]:
         """The samples of all lines that can be read, with their line numbers."""
         ids: dict[str, int] = {}

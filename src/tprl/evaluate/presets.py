@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, cast
 
+from huggingface_hub.errors import StrictDataclassError
 from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig
 
 
@@ -60,11 +61,11 @@ def load_config(name_or_path: str) -> PreTrainedConfig:
     if name_or_path in PRESETS:
         return config_of(PRESETS[name_or_path])
     path = Path(name_or_path)
-    if not path.is_file():
-        return cast(PreTrainedConfig, AutoConfig.from_pretrained(name_or_path))
     try:
+        if not path.is_file():
+            return cast(PreTrainedConfig, AutoConfig.from_pretrained(name_or_path))
         return config_of(json.loads(path.read_text()))
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, StrictDataclassError) as error:
         raise ValueError(f"{path} is no config.json of a model that transformers knows: {error!r}") from error
 
 

@@ -4,7 +4,7 @@ import base64
 import io
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -66,11 +66,11 @@ def write_report(folder: Path, run: Path | None, out: Path) -> None:
     ablations = [_ablation(place) for place in ablated]
     told = [part["results"] for part in [*sections, *ablations]]
     page = environment.get_template("report.html.j2").render(
-        model=told[0]["model"],
+        models=list(dict.fromkeys(results["model"] for results in told)),
         told=told,
         openmoji=any(results["data"].startswith("scenes") for results in told),
         sections=sections,
-        transfers=transfers([section["results"] for section in sections]),
+        transfers=transfers({section["name"]: section["results"] for section in sections}),
         ablations=ablations,
         training=_svg(draw_training(_metrics(metrics)), METRICS) if metrics.is_file() else None,
         colours=COLOURS,
@@ -104,34 +104,44 @@ def headlines(rows: Sequence[Row]) -> list[tuple[str, str]]:
     return figures
 
 
-def transfers(results: Sequence[Row]) -> Row | None:
+def transfers(results: Mapping[str, Row]) -> Row | None:
     """How a policy does on questions unlike those that it was trained on, and on those for comparison.
 
+    Args:
+        results: by the name of their folder.
+
     Returns:
-        ``budgets``, and ``rows`` with ``trained_on``, ``data``, ``n``, ``unpruned`` and, for every budget, ``cells``:
-        the shares of the unpruned accuracy that TPRL and the best other method keep, and the latter's name; None
-        where there is no such row. None where every policy was tested on what it was trained on.
+        ``budgets``, and ``rows`` with ``name``, ``trained_on``, ``data``, ``n``, ``unpruned`` and, for every budget,
+        ``cells``: the shares of the unpruned accuracy that TPRL and the best other method keep, and the latter's name;
+        None where there is no such row. None where every policy was tested on what it was trained on.
     """
-    known = [result for result in results if result.get("trained_on")]
-    if not any(map(_is_transfer, known)):
-        return None
-    budgets = sorted({row["budget"] for result in known for row in result["rows"] if row["budget"]}, reverse=True)
+    beyond = [result for result in results.values() if _is_transfer(result)]
+    sizes = {row["budget"] for result in beyond for row in result["rows"] if row["method"] == "tprl" and row["budget"]}
+    budgets = sorted(sizes, reverse=True)
     rows = [
         {
+            "name": name,
             "trained_on": result["trained_on"],
             "data": result["data"],
             "n": result["n"],
             "unpruned": result["rows"][0]["accuracy_unpruned"],
             "cells": [_transfer(result["rows"], budget) for budget in budgets],
         }
-        for result in sorted(known, key=lambda result: (result["trained_on"], _is_transfer(result)))
+        for name, result in results.items()
+        if result.get("trained_on")
     ]
-    return {"budgets": budgets, "rows": rows}
+    rows = [row for row in rows if any(row["cells"])]
+    ordered = sorted(rows, key=lambda row: (row["trained_on"], _is_transfer(row)))
+    return {"budgets": budgets, "rows": ordered} if ordered and beyond else None
 
 
 def _is_transfer(results: Row) -> bool:
-    """Whether the policy was tested on something else than it was trained on."""
-    return results.get("trained_on") not in (None, results["data"])
+    """Whether the policy was tested on something else than it was trained on. Of two files nobody knows whether they
+    are parts of one thing."""
+    known = results.get("trained_on")
+    return known not in (None, results["data"]) and not (
+        known.endswith(".jsonl") and results["data"].endswith(".jsonl")
+    )
 
 
 def _transfer(rows: Sequence[Row], budget: int) -> Row | None:

@@ -37,8 +37,22 @@ class Cut:
 
     def extended(self, length: int) -> "Cut":
         """The cut of a longer prompt that begins with this one; nothing of its continuation is dropped."""
-        more = torch.arange(self.length, length, device=self.index.device).expand(len(self.index), -1)
+        more = self._behind(self.length, length)
         return Cut(torch.cat([self.index, more], 1), torch.cat([self.mask, torch.ones_like(more).bool()], 1), length)
+
+    def cropped(self, columns: int) -> "Cut":
+        """The cut of the prompt's beginning of which ``columns`` were kept.
+
+        Raises:
+            ValueError: something that stands behind that beginning was dropped, so that its end cannot be known.
+        """
+        length = self.length - self.index.shape[1] + columns
+        if not torch.equal(self.index[:, columns:], self._behind(length, self.length)):
+            raise ValueError("a pruned model's cache can be cropped behind its pictures only; start again without it")
+        return Cut(self.index[:, :columns], self.mask[:, :columns], length)
+
+    def _behind(self, start: int, end: int) -> Tensor:
+        return torch.arange(start, end, device=self.index.device).expand(len(self.index), -1)
 
     def repeated(self, times: int) -> "Cut":
         return Cut(self.index.repeat_interleave(times, 0), self.mask.repeat_interleave(times, 0), self.length)

@@ -6,8 +6,10 @@ Methods of the *instance* are replaced, none of its classes.
 import inspect
 import threading
 from collections.abc import Callable, Mapping
+from copy import deepcopy
 from dataclasses import dataclass
 from functools import wraps
+from numbers import Real
 from types import MethodType, TracebackType
 from typing import Any, Self, cast
 
@@ -60,11 +62,14 @@ class Handle:
         }
         self.lock = threading.RLock()
 
-    def __getstate__(self) -> dict[str, Any]:
-        return {name: value for name, value in self.__dict__.items() if name != "lock"}
+    def __deepcopy__(self, memo: dict[int, Any]) -> Self:
+        copy = type(self).__new__(type(self))
+        memo[id(self)] = copy
+        copy.__dict__.update(deepcopy({**self.__dict__, "lock": None}, memo), lock=threading.RLock())
+        return copy
 
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state, lock=threading.RLock())
+    def __getstate__(self) -> None:
+        raise ValueError("a pruned model cannot be pickled; unprune it first, and prune it anew where it is loaded")
 
     @property
     def attached(self) -> bool:
@@ -119,10 +124,11 @@ def check_amount(model: PreTrainedModel, given: Mapping[str, float | None]) -> N
     budget = chosen.get("budget", 1)
     if not isinstance(budget, int) or isinstance(budget, bool) or budget < 1:
         raise ValueError(f"budget {budget!r} is not allowed; a whole number, at least 1")
-    if not 0 < chosen.get("keep_ratio", 1) <= 1:
-        raise ValueError(f"keep_ratio {chosen['keep_ratio']} is not allowed; more than 0 and at most 1")
-    if not 0 <= chosen.get("threshold", 0) <= 1:
-        raise ValueError(f"threshold {chosen['threshold']} is not allowed; 0 to 1")
+    ratio, threshold = chosen.get("keep_ratio", 1), chosen.get("threshold", 0)
+    if not isinstance(ratio, Real) or not 0 < ratio <= 1:
+        raise ValueError(f"keep_ratio {ratio!r} is not allowed; a number more than 0 and at most 1")
+    if not isinstance(threshold, Real) or not 0 <= threshold <= 1:
+        raise ValueError(f"threshold {threshold!r} is not allowed; a number from 0 to 1")
 
 
 def unprune(model: PreTrainedModel) -> None:
@@ -171,6 +177,15 @@ def named(method: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str
     arguments = inspect.signature(method).bind(*args, **kwargs).arguments
     named = {**arguments, **arguments.pop("kwargs", {})}
     return {name: value for name, value in named.items() if value is not None and name != "kwargs"}
+
+
+def noted(inputs: Mapping[str, Any], name: str) -> Any:
+    """What an earlier call noted, by the attribute ``name``, in the cache that a call continues; forgotten once that is
+    emptied."""
+    cache = inputs.get("past_key_values")
+    if cache is not None and int(cache.get_seq_length()) == 0:
+        cache.__dict__.pop(name, None)
+    return getattr(cache, name, None)
 
 
 def refuse_encoded(inputs: Mapping[str, Any]) -> None:

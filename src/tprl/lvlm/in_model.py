@@ -43,8 +43,23 @@ class _Held:
 
     def extended(self, length: int) -> "_Held":
         """The same with all columns from ``self.length`` to ``length``."""
-        more = torch.arange(self.length, length, device=self.index.device).expand(len(self.index), -1)
+        more = self._columns(self.length, length)
         return _Held(torch.cat([self.index, more], 1), torch.cat([self.real, torch.ones_like(more).bool()], 1), length)
+
+    def cropped(self, length: int) -> "_Held":
+        """The same without the columns from ``length`` on, if there are any.
+
+        Raises:
+            ValueError: some of those are dropped.
+        """
+        behind = self._columns(min(length, self.length), self.length)
+        left = self.index.shape[1] - behind.shape[1]
+        if not torch.equal(self.index[:, left:], behind):
+            raise ValueError("a pruned model's cache can be cropped behind its pictures only; start again without it")
+        return _Held(self.index[:, :left], self.real[:, :left], self.length - behind.shape[1])
+
+    def _columns(self, start: int, end: int) -> Tensor:
+        return torch.arange(start, end, device=self.index.device).expand(len(self.index), -1)
 
     def gather(self, values: Tensor, dim: int = 1) -> Tensor:
         """Of ``values (B or 1, ..., L, ...)`` what is held, along ``dim``."""
@@ -190,9 +205,11 @@ class Dropping:
                 f"layer {first} is not allowed: visual features enter this decoder's first {deep} layers, so at least "
                 f"{deep} layers have to see every token"
             )
-        self._prefilling = cache is None or int(cache.get_seq_length()) == 0
+        past = 0 if cache is None else int(cache.get_seq_length())
+        self._prefilling = past == 0
         if self._prefilling:
             self.kept, self._held = [], []
+        self._held = [held.cropped(past) for held in self._held]
 
     def before(self, number: int, layer: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
         """The pre-hook of decoder layer ``number``."""

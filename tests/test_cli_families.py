@@ -82,7 +82,7 @@ def test_a_model_is_trained_for_and_evaluated(name: str, tmp_path: Path) -> None
     methods = "tprl,uniform,divprune,fastv"
     measured = ["--pruner", run / "pruner", "--budgets", "4,2", "--methods", methods, "--gallery", 1]
     said = tprl("evaluate", out, *given, *measured)
-    assert f"warning: the pruner was trained on questions of {questions}, which are measured here" in said
+    assert f"warning: the pruner was trained or calibrated on {questions}, which is measured here" in said
     results = json.loads((out / "results.json").read_text())
     assert len(results["rows"]) == 9
     for row in results["rows"]:

@@ -16,6 +16,7 @@ from tprl.config import AutoencoderStage, ImitateStage, PpoStage, PrunerConfig, 
 from tprl.lvlm.model import Lvlm
 from tprl.profiling import ANSWER_TOKENS, profile_inference, profile_training
 from tprl.pruner import TokenPruner
+from tprl.train import pipeline
 
 TOWER, LANGUAGE = 1000.0, 1.0
 POLICY = {"policy: latents", "policy: look", "policy: novelty"}
@@ -85,6 +86,17 @@ def test_a_training_looks_at_pictures_once_and_learns_without_the_language_model
     assert {"update", "score", "policy: latents", "policy: look"} <= set(parts["PPO round"])
     assert all(torch.equal(weight, weights[name]) for name, weight in pruner.state_dict().items())
     assert traces(lvlm) == before
+
+
+def test_teachers_that_the_tower_does_not_serve_are_left_out(
+    lvlm: Lvlm, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(pipeline, "tower_signals", lambda model: frozenset())
+    parts = profile_training(lvlm, World(2), make_pruner(lvlm), CONFIG)
+    assert list(parts)[-1] == "PPO round"
+    assert (
+        "teachers left out, since LLaVA-1.5's tower does not give what they need: fastervlm" in capsys.readouterr().out
+    )
 
 
 def test_shares_by_hand() -> None:

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from huggingface_hub.utils import validate_repo_id
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -217,7 +218,8 @@ def test_a_missing_file(folder: Path, name: str) -> None:
 
 @pytest.mark.parametrize("name", ["none", "/none/such", "a/b/c", "./none", "some/one"])
 def test_no_such_folder(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    def offline(*_: Any, **__: Any) -> str:
+    def offline(name: str, **_: Any) -> str:
+        validate_repo_id(name)
         raise ConnectionError("no way there")
 
     monkeypatch.setattr(tprl.pruner, "snapshot_download", offline)

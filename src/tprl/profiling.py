@@ -23,6 +23,7 @@ from tprl.run import RunFolder
 from tprl.selectors import make_selector
 from tprl.train.autoencoder import autoencoder_stage
 from tprl.train.imitate import collect_demonstrations, heuristics, imitate_stage
+from tprl.train.pipeline import without_blind_teachers
 from tprl.train.ppo import ppo_stage
 
 ANSWER_TOKENS = 16
@@ -36,6 +37,7 @@ def profile_training(lvlm: Lvlm, source: Source, pruner: TokenPruner, config: Tr
         pruner: what the stages start from; left as it is.
     """
     pruner = deepcopy(pruner)
+    config = without_blind_teachers(lvlm, config)
     needs = teacher_signals(heuristics(config.imitate)).values()
     parts: dict[str, Seconds] = {}
     with TemporaryDirectory() as place, _phases_of(lvlm):

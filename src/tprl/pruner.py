@@ -6,6 +6,7 @@ from pathlib import Path
 
 import torch
 from huggingface_hub import HfApi, snapshot_download
+from huggingface_hub.errors import HFValidationError
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
@@ -180,7 +181,7 @@ class TokenPruner(nn.Module):
                 raise FileNotFoundError(f"there is no folder {folder}")
             try:
                 folder = Path(snapshot_download(str(name_or_path), allow_patterns=[WEIGHTS, CONFIG]))
-            except OSError as error:
+            except (OSError, HFValidationError) as error:
                 message = f"there is no folder {folder}, and the Hub did not give a repository of that name: {error}"
                 raise FileNotFoundError(message) from error
         for name in (WEIGHTS, CONFIG):

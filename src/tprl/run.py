@@ -118,8 +118,9 @@ class RunFolder:
     def logged(self, stage: str) -> bool:
         """Whether the metrics hold anything of ``stage``."""
         path = self.folder / "metrics.jsonl"
-        lines = path.read_text().splitlines() if path.exists() else []
-        return any(json.loads(line)["stage"] == stage for line in lines)
+        lines = path.read_text().splitlines(keepends=True) if path.exists() else []
+        whole = [line for line in lines if line.endswith("\n")]  # the first process may be writing
+        return any(json.loads(line)["stage"] == stage for line in whole)
 
     def rewind(self, stage: str, step: int) -> None:
         """Forget metrics of ``stage`` behind ``step``, which a resumed run will write again."""

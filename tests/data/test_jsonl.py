@@ -208,6 +208,12 @@ def test_of_two_files_either_is_whole(folder: Path) -> None:
     assert sorted(shown) == ["a.png", "c.png", "d.png"]
     assert len(held_out.samples) == 1
     assert [len(part.samples) for part in load_training(str(own), "scenes", 9, 4)] == [3, 4]
+    for names, splits in (
+        (("scenes", "scenes-crowded"), ["train", "val"]), (("scenes", None), ["train", "val"]),
+        ((str(own), "scenes"), ["test", "val"]), (("scenes", str(own)), ["train", "test"]),
+        ((str(own), None), ["train", "val"]),
+    ):  # fmt: skip
+        assert [part.split for part in load_training(*names, 2, 2)] == splits
     other.write_text(json.dumps(GOOD | {"image": "d.png"}))
     elsewhere = folder / "elsewhere"
     elsewhere.mkdir()

@@ -651,8 +651,9 @@ def test_what_cannot_be_pruned() -> None:
                 call(input_ids=inputs["input_ids"], pixel_values_videos=inputs["pixel_values"])
         with pytest.raises(ValueError, match="shape"):
             tiny.model(**{**inputs, "attention_mask": inputs["attention_mask"][:, None, None]})
-        with pytest.raises(ValueError, match="mm_token_type_ids, which the processor returns, are missing"):
-            tiny.model(**{name: value for name, value in inputs.items() if name != "mm_token_type_ids"})
+        for call in (tiny.model, tiny.model.generate):
+            with pytest.raises(ValueError, match="mm_token_type_ids, which the processor returns, are missing"):
+                call(**{name: value for name, value in inputs.items() if name != "mm_token_type_ids"})
         with pytest.raises(ValueError, match="logits_to_keep"):
             tiny.model(**inputs, logits_to_keep=torch.tensor([1]))
         embeds = tiny.model.get_input_embeddings()(inputs["input_ids"])
@@ -719,6 +720,7 @@ def test_signals_of_the_tower_are_those_of_the_pictures_alone(name: str) -> None
 CANARIES: dict[str, tuple[str, ...]] = {
     "_prepare_position_ids_for_generation": ("inputs_tensor", "model_kwargs"),
     "_expand_inputs_for_generation": ("expand_size", "is_encoder_decoder", "input_ids", "model_kwargs"),
+    "_merge_criteria_processor_list": ("default_list", "custom_list"),
     "_expand_multimodal_outputs": ("input_ids", "mm_encoder_output", "expand_size"),
     "_prepare_multimodal_encoder_kwargs_for_generation": ("model_kwargs",),
     "_update_model_kwargs_for_generation": ("outputs", "model_kwargs"),
@@ -741,7 +743,8 @@ def test_the_models_still_take_encoded_pictures(tiny: Tiny) -> None:
     with prune(tiny.model, Norms(), budget=1):
         assert inspect.signature(tiny.model.forward).parameters == parameters
     assert hasattr(tiny.model.base_model, "get_image_features")
-    assert set(pruning_module._REPLACEMENTS) == {"forward", "generate", "_expand_inputs_for_generation"}
+    private = {"_expand_inputs_for_generation", "_merge_criteria_processor_list"}
+    assert set(pruning_module._REPLACEMENTS) == {"forward", "generate", *private} <= {"forward", "generate", *CANARIES}
 
 
 def test_of_a_picture_with_fewer_tokens_than_the_budget_all_are_kept() -> None:
@@ -802,24 +805,31 @@ def test_a_cache_goes_on_with_as_many_copies_of_its_prompts_as_it_has() -> None:
 
 def test_a_cache_that_was_cropped_behind_its_picture_goes_on(tiny: Tiny) -> None:
     """Another end of the question, longer or shorter than the one that was cut off, alone and in a whole prompt."""
-    inputs = tiny.batch([3, "I", 9])
+    inputs = tiny.batch([3, "I", 9], [1, "I", 9])
     length = inputs["input_ids"].shape[1] - 4
-    start = {name: part[:, :length] if part.shape[:2] == (1, length + 4) else part for name, part in inputs.items()}
+    start = {name: part[:, :length] if part.shape[:2] == (2, length + 4) else part for name, part in inputs.items()}
     with prune(tiny.model, Norms(), keep_ratio=0.4) as pruning:
         cache = tiny.model(**inputs, use_cache=True).past_key_values
         cache.crop(-4)
         answers = []
         for count in (1, 3, 4, 6):
-            more = torch.randint(5, 39, (1, count), generator=torch.Generator().manual_seed(count))
+            more = torch.randint(5, 39, (2, count), generator=torch.Generator().manual_seed(count))
             logits = tiny.model(input_ids=more, past_key_values=deepcopy(cache)).logits
             whole = torch.cat([start["input_ids"], more], 1)
-            asked = {"input_ids": whole, "attention_mask": torch.ones_like(whole)}
+            mask = torch.cat([start["attention_mask"], torch.ones_like(more)], 1)
+            asked = {"input_ids": whole, "attention_mask": mask}
             options = {**GREEDY, "return_dict_in_generate": True, "output_logits": True}
             answer = tiny.model.generate(**asked, past_key_values=deepcopy(cache), **options)
             assert torch.equal(answer.sequences[:, : length + count], whole)
             answers.append((answer.sequences[:, length:-1], logits, torch.stack(answer.logits, 1)))
+        right = tiny.model(**tiny.batch([3, "I", 9], [1, "I", 9], side="right"), use_cache=True).past_key_values
+        right.crop(-4)
+        with pytest.raises(ValueError, match="with prompts padded on the left"):
+            tiny.model(input_ids=more, past_key_values=right)
         cache.crop(3 - cache.get_seq_length())
-        with pytest.raises(ValueError, match="cache can be cropped behind its pictures only; start again without it"):
+        with pytest.raises(
+            ValueError, match=r"cache can be cropped behind its pictures only, .* start again without it"
+        ):
             tiny.model(input_ids=more, past_key_values=cache)
     hidden = dropped(tiny, pruning, inputs["input_ids"])[:, :length]
     for continuation, logits, steps in answers:

@@ -191,7 +191,9 @@ def test_a_cache_that_was_cropped_behind_its_picture_goes_on(tiny: Tiny) -> None
         found = asked()
         cache = tiny.model(**inputs, use_cache=True).past_key_values
         cache.crop(3 - cache.layers[-1].get_seq_length())
-        with pytest.raises(ValueError, match="cache can be cropped behind its pictures only; start again without it"):
+        with pytest.raises(
+            ValueError, match=r"cache can be cropped behind its pictures only, .* start again without it"
+        ):
             tiny.model(input_ids=torch.cat(4 * mores, 1), past_key_values=cache)
     with hiding(tiny.model, cut, dropped(pruning, inputs["input_ids"])):
         expected = asked()

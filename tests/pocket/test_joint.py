@@ -79,13 +79,18 @@ def test_the_tower_stays_and_what_learned_is_packed_whole(tmp_path: Path) -> Non
         elif name.endswith(("q_proj.weight", "linear_1.weight", "linear_2.weight")):
             assert changed > 0, name
 
-    tensors, _ = load_checkpoint(tmp_path / JOINT)
+    tensors, meta = load_checkpoint(tmp_path / JOINT)
+    assert meta == {"step": 1, "steps": 1}
     bias = "model.multi_modal_projector.linear_2.bias"
     (tmp_path / "other").mkdir()
-    save_checkpoint(tmp_path / "other" / JOINT, tensors | {"model." + bias: tensors["model." + bias] + 0.5}, {})
+    save_checkpoint(tmp_path / "other" / JOINT, tensors | {"model." + bias: tensors["model." + bias] + 0.5}, meta)
     pack((tmp_path, tmp_path / "other"), out=tmp_path / "mean.safetensors")
     mean = unrounded(load_file(tmp_path / "mean.safetensors"))
     torch.testing.assert_close(mean[bias].float(), after[bias].float() + 0.25, atol=0.01, rtol=0.0)
+
+    save_checkpoint(tmp_path / "other" / JOINT, tensors, {"step": 1, "steps": 2})
+    with pytest.raises(ValueError, match="other stands at step 1 of 2; finish it first"):
+        pack((tmp_path, tmp_path / "other"), out=tmp_path / "mean.safetensors")
 
     llava, _ = start_from(DELTA, tmp_path)
     load_weights(llava, tensors)

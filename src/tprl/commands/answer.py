@@ -56,9 +56,7 @@ def answer(
         raise ValueError(f"--budget must be at least 1, got {budget}")
     if steps and picture is None:
         raise ValueError("--steps are drawn into a picture; say which with --picture")
-    if picture is not None and not (
-        picture.parent.is_dir() and picture.suffix.lower() in Image.registered_extensions()
-    ):
+    if picture is not None and not (picture.parent.is_dir() and _can_write(picture)):
         raise ValueError(f"--picture {picture} cannot be written; give a name such as kept.png in a folder that exists")
     check_names([method])
     if method != TokenPruner.name:
@@ -83,6 +81,11 @@ def answer(
         keep = torch.zeros(total, dtype=torch.bool).index_fill(0, short.kept, True)
         headed(_draw(shown, visual, keep, policy if steps else None, short.text), question, 17).save(picture)
         print(f"wrote {picture}")
+
+
+def _can_write(picture: Path) -> bool:
+    """Whether its name ends as that of a kind of picture that can be written."""
+    return Image.registered_extensions().get(picture.suffix.lower()) in Image.SAVE
 
 
 def _print(question: str, whole: Answered, short: Answered) -> None:

@@ -1,5 +1,6 @@
 """``tprl demo``: ask about pictures on a local web page, and see which patches the answers needed."""
 
+import socket
 from pathlib import Path
 
 from tprl.lvlm.model import Lvlm
@@ -31,12 +32,24 @@ def demo(
     try:
         from tprl.demo.page import build, serve
     except ModuleNotFoundError as error:
-        raise ValueError(f"the demo needs {error.name}: pip install -e '.[demo]'") from error
+        raise ValueError(
+            f"the demo needs {error.name}, in an environment of its own: see docs/demo.md, or pip install '.[demo]'"
+        ) from error
+    _check_address(host, port)
     lvlm = open_lvlm(model, dtype, device)
     policy = _policy(pruner, lvlm)
     if policy is None:
         print(f"no pruner for {model}: peers only; `tprl train --model {model}` makes one")
     serve(build(lvlm, policy, model), host, port)
+
+
+def _check_address(host: str, port: int) -> None:
+    """Raise ValueError unless one can listen there."""
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    try:
+        socket.create_server((host, port), family=family).close()
+    except OSError as error:
+        raise ValueError(f"--host {host} --port {port} cannot be listened at: {error.strerror}") from error
 
 
 def _policy(pruner: Path | None, lvlm: Lvlm) -> TokenPruner | None:

@@ -79,8 +79,8 @@ def evaluate(
             chosen.check_fits(lvlm.fingerprint)
             chosen.to(lvlm.device)
         known = _trained_on(pruner) if chosen else []
-        if data.endswith(".jsonl") and split == "test" and Path(data).resolve() in known and processes.is_first():
-            print(f"warning: the pruner was trained on questions of {data}, which are measured here", file=sys.stderr)
+        if data.endswith(".jsonl") and any(_same_file(Path(data), name) for name in known) and processes.is_first():
+            print(f"warning: the pruner was trained or calibrated on {data}, which is measured here", file=sys.stderr)
         trained_on = known[0].name if known else None
         run = Benchmark(lvlm, model, source, rows, out, cache or cache_folder(), seed, resume, overwrite, trained_on)
         run.measure()
@@ -96,10 +96,14 @@ def evaluate(
 
 def _trained_on(pruner: Path | None) -> list[Path]:
     """The data that a pruner was trained on and, if others, those on which its threshold was found: of the shipped one
-    scenes, of one in the folder of its run what that run says, of any other nothing. Files by their whole path."""
+    scenes, of one in the folder of its run what that run says, of any other nothing."""
     if pruner is None:
         return [Path("scenes")]
     run = pruner.resolve().parent / "config.json"
     told = json.loads(run.read_text()) if run.is_file() else {}
-    names = [name for name in (told.get("data"), told.get("val_data")) if isinstance(name, str)]
-    return [Path(name).resolve() if name.endswith(".jsonl") else Path(name) for name in names]
+    return [Path(told[name]) for name in ("data", "val_data") if isinstance(told.get(name), str)]
+
+
+def _same_file(measured: Path, known: Path) -> bool:
+    """Whether a file is one that a run names; by its name alone where that cannot be found from here."""
+    return measured.samefile(known) if known.exists() else measured.name == known.name

@@ -4,6 +4,7 @@ import json
 from collections.abc import Iterator
 from pathlib import Path
 
+from filelock import FileLock
 from torch.optim.swa_utils import AveragedModel
 
 from tprl.checkpoint import load_checkpoint, save_text
@@ -60,7 +61,10 @@ def pack(runs: tuple[Path, ...], *, out: Path = DELTA) -> None:
     llava = new_llava(base, image_token_id(tokenizer))
     mean = AveragedModel(llava)
     for run in runs:
-        load_weights(llava, load_checkpoint(run / JOINT)[0])
+        weights, meta = load_checkpoint(run / JOINT)
+        if meta["step"] < meta["steps"]:
+            raise ValueError(f"the training in {run} stands at step {meta['step']} of {meta['steps']}; finish it first")
+        load_weights(llava, weights)
         mean.update_parameters(llava)
     llava.load_state_dict(mean.module.state_dict())
     out.parent.mkdir(parents=True, exist_ok=True)
@@ -71,10 +75,11 @@ def pack(runs: tuple[Path, ...], *, out: Path = DELTA) -> None:
 def _remember(run: Path, stage: str, asked: dict[str, int]) -> None:
     """Note what a stage in ``run`` began with; raise ValueError if it began with something else."""
     path = run / "config.json"
-    known = json.loads(path.read_text()) if path.exists() else {}
-    if known.get(stage, asked) != asked:
-        raise ValueError(f"the stage {stage} in {run} began with {known[stage]}; it cannot go on with {asked}")
-    save_text(path, json.dumps(known | {stage: asked}, indent=2) + "\n")
+    with FileLock(run / "config.lock"):  # stages may run side by side
+        known = json.loads(path.read_text()) if path.exists() else {}
+        if known.get(stage, asked) != asked:
+            raise ValueError(f"the stage {stage} in {run} began with {known[stage]}; it cannot go on with {asked}")
+        save_text(path, json.dumps(known | {stage: asked}, indent=2) + "\n")
 
 
 def _training(name: str, run: Path, seed: int, delta: Path | None) -> Iterator[dict[str, float]]:

@@ -77,9 +77,10 @@ def load_training(
     any_file = any(name.endswith(".jsonl") for name in (data, val_data or data))
 
     def part(name: str, split: str, n: int) -> Source:
-        if any_file and not name.endswith(".jsonl"):
+        is_file = name.endswith(".jsonl")
+        if any_file and not is_file:
             return load_source(name, split, n)
-        return load_source(name, "test" if val_data else split, n, skip_bad, images)
+        return load_source(name, "test" if is_file and val_data else split, n, skip_bad, images)
 
     train, held_out = part(data, "train", samples), part(val_data or data, "val", validation)
     if isinstance(train, Jsonl) and isinstance(held_out, Jsonl) and (shared := train.files() & held_out.files()):

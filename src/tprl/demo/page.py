@@ -1,10 +1,12 @@
 """The page itself: gradio's components, and what happens when one is touched."""
 
 import os
+import signal
 from collections.abc import Callable
 from functools import partial, wraps
 from html import escape
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
@@ -122,11 +124,18 @@ def build(lvlm: Lvlm, pruner: TokenPruner | None, title: str) -> gr.Blocks:
 
 
 def serve(page: gr.Blocks, host: str, port: int) -> None:
-    """Serve the page until the process is interrupted.
+    """Serve the page until the process is interrupted or told to end, which takes what was uploaded with it.
 
     Raises:
         OSError: the port is taken.
     """
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    with TemporaryDirectory(prefix="tprl-demo-") as uploads:
+        os.environ["GRADIO_TEMP_DIR"] = uploads
+        _serve(page, host, port)
+
+
+def _serve(page: gr.Blocks, host: str, port: int) -> None:
     theme = gr.themes.Base(
         primary_hue="orange", neutral_hue="stone", font=FONTS, font_mono=("Liberation Mono", "monospace")
     )

@@ -132,7 +132,7 @@ def transfers(results: Mapping[str, Row]) -> Row | None:
     ]
     rows = [row for row in rows if any(row["cells"])]
     ordered = sorted(rows, key=lambda row: (row["trained_on"], _is_transfer(row)))
-    return {"budgets": budgets, "rows": ordered} if ordered and beyond else None
+    return {"budgets": budgets, "rows": ordered} if any(map(_is_transfer, rows)) else None
 
 
 def _is_transfer(results: Row) -> bool:

@@ -48,7 +48,10 @@ class Cut:
         """
         length = self.length - self.index.shape[1] + columns
         if not torch.equal(self.index[:, columns:], self._behind(length, self.length)):
-            raise ValueError("a pruned model's cache can be cropped behind its pictures only; start again without it")
+            raise ValueError(
+                "a pruned model's cache can be cropped behind its pictures only, with prompts padded on the left; "
+                "start again without it"
+            )
         return Cut(self.index[:, :columns], self.mask[:, :columns], length)
 
     def _behind(self, start: int, end: int) -> Tensor:

@@ -208,6 +208,8 @@ def refuse(inputs: Mapping[str, Any]) -> None:
     mask = inputs.get("attention_mask")
     if mask is not None and not (isinstance(mask, Tensor) and mask.ndim == 2):
         raise ValueError("a pruned model wants an attention_mask of shape (B, L)")
+    if "image_grid_thw" in inputs and not inputs.keys() & {"mm_token_type_ids", "position_ids"}:
+        raise ValueError("mm_token_type_ids, which the processor returns, are missing; positions need them")
     if isinstance(inputs.get("logits_to_keep"), Tensor):
         raise ValueError("a pruned model takes logits_to_keep as a number, since the prompt becomes shorter")
     cache = inputs.get("past_key_values")

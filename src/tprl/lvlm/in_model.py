@@ -55,7 +55,10 @@ class _Held:
         behind = self._columns(min(length, self.length), self.length)
         left = self.index.shape[1] - behind.shape[1]
         if not torch.equal(self.index[:, left:], behind):
-            raise ValueError("a pruned model's cache can be cropped behind its pictures only; start again without it")
+            raise ValueError(
+                "a pruned model's cache can be cropped behind its pictures only, with prompts padded on the left; "
+                "start again without it"
+            )
         return _Held(self.index[:, :left], self.real[:, :left], self.length - behind.shape[1])
 
     def _columns(self, start: int, end: int) -> Tensor:

@@ -152,8 +152,6 @@ def _forward(model: PreTrainedModel, pruning: Pruning, *args: Any, **kwargs: Any
         whole = {name: value for name, value in inputs.items() if name not in ("pixel_values", "pixel_attention_mask")}
         return original(**whole, mm_encoder_outputs={"image": output})
     if "position_ids" not in inputs:
-        if "image_grid_thw" in inputs and "mm_token_type_ids" not in inputs:
-            raise ValueError("mm_token_type_ids, which the processor returns, are missing; positions need them")
         position_ids = cast(Any, model)._prepare_position_ids_for_generation(inputs["input_ids"], inputs)
         if position_ids.ndim == 2:
             position_ids = position_ids + family_of(model).first_position

@@ -25,6 +25,8 @@ class _Shown:
         self._inner, self._whole = inner, whole
 
     def __getattr__(self, name: str) -> Any:
+        if name.startswith("_"):  # also what a copy lacks at first
+            raise AttributeError(name)
         return getattr(self._inner, name)
 
 

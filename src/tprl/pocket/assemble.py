@@ -14,7 +14,7 @@ import tprl
 from tprl import processes
 from tprl.checkpoint import make_once, save_tensors
 from tprl.lvlm.model import Lvlm
-from tprl.pocket.base import image_token_id, load_base
+from tprl.pocket.base import CHAT_TEMPLATE, image_token_id, load_base
 from tprl.pocket.model import add_delta, new_llava, new_processor
 from tprl.pocket.precision import fastest_dtype
 
@@ -38,7 +38,8 @@ def pocket_llava() -> Path:
     """
     if not DELTA.is_file():
         raise FileNotFoundError(f"the weights of {NAME} are missing: {DELTA}")
-    folder = cache_folder() / f"{NAME}-{hashlib.sha256(DELTA.read_bytes()).hexdigest()[:12]}"
+    made_from = hashlib.sha256(DELTA.read_bytes() + CHAT_TEMPLATE.encode())
+    folder = cache_folder() / f"{NAME}-{made_from.hexdigest()[:12]}"
     folder.parent.mkdir(parents=True, exist_ok=True)
     with processes.first_alone():  # of processes that work together, transformers lets the first alone save a model
         make_once(folder, partial(_put_together, folder))
@@ -50,6 +51,7 @@ def _put_together(folder: Path) -> None:
     unfinished = Path(tempfile.mkdtemp(prefix=folder.name, dir=folder.parent))
     try:
         assemble(DELTA, unfinished)
+        unfinished.chmod(0o755)
         unfinished.rename(folder)
     finally:
         shutil.rmtree(unfinished, ignore_errors=True)

@@ -174,7 +174,7 @@ def train_joint(run: Path, config: JointConfig, delta: Path | None = None) -> It
         optimizer.zero_grad()
         (answered + 0.3 * looked + 0.5 * words).backward()
         if not torch.isfinite(nn.utils.clip_grad_norm_(own, 1.0)):
-            raise RuntimeError(f"the gradient is not finite at step {step}")
+            raise FloatingPointError(f"the gradient is not finite at step {step}")
         optimizer.step()
         for name, loss in {"loss": answered, "look": looked, "words": words}.items():
             seen[name].append(loss.item())
@@ -192,4 +192,4 @@ def train_joint(run: Path, config: JointConfig, delta: Path | None = None) -> It
         if (step + 1) % config.save_every == 0 or step + 1 == config.steps:
             unlike_base = {name: p for name, p in llava.named_parameters() if "embed_tokens" not in name}
             state = prefixed(unlike_base, "model.") | optimizer_tensors(optimizer)
-            save_checkpoint(path, state, {"step": step + 1})
+            save_checkpoint(path, state, {"step": step + 1, "steps": config.steps})

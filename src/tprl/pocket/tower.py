@@ -240,7 +240,7 @@ def train_tower(run: Path, config: TowerConfig, delta: Path | None = None) -> It
         optimizer.zero_grad()
         torch.stack(list(losses.values())).sum().backward()
         if not torch.isfinite(nn.utils.clip_grad_norm_(own, 1.0)):
-            raise RuntimeError(f"the gradient is not finite at step {step}")
+            raise FloatingPointError(f"the gradient is not finite at step {step}")
         optimizer.step()
         scores = {name: loss.item() for name, loss in losses.items()} | word_accuracy(sight.units, batch.labels)
         for name, score in scores.items():

@@ -14,6 +14,8 @@ class Selector(Protocol):
     Attributes:
         name: as tables and the command line call it.
         needs: keys of ``tprl.types.SIGNALS`` that ``VisualTokens.signals`` must hold.
+
+    One that asks what the question means says so by ``reads_question = True``, see ``tprl.prune``.
     """
 
     name: str

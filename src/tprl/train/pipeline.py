@@ -52,10 +52,7 @@ def train(
     torch.manual_seed(config.seed)
     shape = PrunerConfig(**asdict(config.pruner), width=lvlm.width, fingerprint=lvlm.fingerprint)
     pruner = (start or TokenPruner(shape)).to(lvlm.device)
-    if blind := blind_teachers(lvlm, config.imitate):
-        print(f"teachers left out, since {lvlm.family.name}'s tower does not give what they need: {', '.join(blind)}")
-        teachers = tuple(name for name in config.imitate.teachers if name not in blind)
-        config = replace(config, imitate=replace(config.imitate, teachers=teachers))
+    config = without_blind_teachers(lvlm, config)
     signals = frozenset[str]().union(*teacher_signals(heuristics(config.imitate)).values()) & TOWER_SIGNALS
     folder = cache or run.folder / "cache"
     with processes.first_alone():
@@ -119,6 +116,16 @@ def blind_teachers(lvlm: Lvlm, settings: ImitateStage) -> list[str]:
     if blind and len(blind) == len(needed):
         raise ValueError(f"teachers {', '.join(blind)} all need what {lvlm.family.name}'s tower does not give")
     return blind
+
+
+def without_blind_teachers(lvlm: Lvlm, config: TrainConfig) -> TrainConfig:
+    """The settings without teachers that need more than the model's tower gives, which are named on the way."""
+    blind = blind_teachers(lvlm, config.imitate)
+    if not blind:
+        return config
+    print(f"teachers left out, since {lvlm.family.name}'s tower does not give what they need: {', '.join(blind)}")
+    teachers = tuple(name for name in config.imitate.teachers if name not in blind)
+    return replace(config, imitate=replace(config.imitate, teachers=teachers))
 
 
 def _save(pruner: TokenPruner, folder: Path) -> None:

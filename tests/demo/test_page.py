@@ -34,19 +34,22 @@ SIDE = 24
 
 
 @pytest.fixture(scope="module")
-def address() -> Iterator[str]:
+def address(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     command = [sys.executable, "-m", "tprl.cli", "demo", "--port", str(port)]
-    offline = os.environ | {"HF_HUB_OFFLINE": "1"}
+    files = tmp_path_factory.mktemp("files")
+    offline = os.environ | {"HF_HUB_OFFLINE": "1", "TMPDIR": str(files)}
     server = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=offline)
     assert server.stdout is not None
     line = server.stdout.readline()
     assert f"http://127.0.0.1:{port}" in line, server.communicate()[1]
     yield f"http://127.0.0.1:{port}/"
+    assert len(list(files.glob("tprl-demo-*/**/*.webp"))) > 1
     server.terminate()
     assert "Traceback" not in server.communicate(timeout=60)[1]
+    assert not [path for path in files.rglob("*") if path.is_file()]
 
 
 @pytest.fixture(scope="module")

@@ -30,7 +30,7 @@ def demo(
     if not 1 <= port <= 65535:
         raise ValueError(f"--port must lie between 1 and 65535, got {port}")
     try:
-        from tprl.demo.page import build, serve
+        from tprl.demo.page import build, own_files, serve
     except ModuleNotFoundError as error:
         raise ValueError(
             f"the demo needs {error.name}, in an environment of its own: see docs/demo.md, or pip install '.[demo]'"
@@ -40,7 +40,8 @@ def demo(
     policy = _policy(pruner, lvlm)
     if policy is None:
         print(f"no pruner for {model}: peers only; `tprl train --model {model}` makes one")
-    serve(build(lvlm, policy, model), host, port)
+    with own_files():
+        serve(build(lvlm, policy, model), host, port)
 
 
 def _check_address(host: str, port: int) -> None:

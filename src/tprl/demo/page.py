@@ -2,7 +2,8 @@
 
 import os
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import partial, wraps
 from html import escape
 from pathlib import Path
@@ -123,19 +124,22 @@ def build(lvlm: Lvlm, pruner: TokenPruner | None, title: str) -> gr.Blocks:
     return page
 
 
+@contextmanager
+def own_files() -> Iterator[None]:
+    """While it is open, pages that are built keep what is uploaded in a folder of their own. It goes at the end, also
+    where the process is told to end."""
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    with TemporaryDirectory(prefix="tprl-demo-") as folder:
+        os.environ["GRADIO_TEMP_DIR"] = folder
+        yield
+
+
 def serve(page: gr.Blocks, host: str, port: int) -> None:
-    """Serve the page until the process is interrupted or told to end, which takes what was uploaded with it.
+    """Serve the page until the process is interrupted.
 
     Raises:
         OSError: the port is taken.
     """
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
-    with TemporaryDirectory(prefix="tprl-demo-") as uploads:
-        os.environ["GRADIO_TEMP_DIR"] = uploads
-        _serve(page, host, port)
-
-
-def _serve(page: gr.Blocks, host: str, port: int) -> None:
     theme = gr.themes.Base(
         primary_hue="orange", neutral_hue="stone", font=FONTS, font_mono=("Liberation Mono", "monospace")
     )

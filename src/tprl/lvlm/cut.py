@@ -1,8 +1,8 @@
 """Shortening prompts to the visual tokens that were chosen: what becomes of positions, masks and features."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Any, Literal
+from dataclasses import dataclass, replace
+from typing import Any, Literal, Self
 
 import torch
 from torch import Tensor
@@ -35,30 +35,35 @@ class Cut:
         """``index`` with -1 where the short prompt is padding."""
         return self.index.masked_fill(~self.mask, -1)
 
-    def extended(self, length: int) -> "Cut":
+    def extended(self, length: int) -> Self:
         """The cut of a longer prompt that begins with this one; nothing of its continuation is dropped."""
-        more = self._behind(self.length, length)
-        return Cut(torch.cat([self.index, more], 1), torch.cat([self.mask, torch.ones_like(more).bool()], 1), length)
+        more = self._columns(self.length, length)
+        mask = torch.cat([self.mask, torch.ones_like(more).bool()], 1)
+        return replace(self, index=torch.cat([self.index, more], 1), mask=mask, length=length)
 
-    def cropped(self, columns: int) -> "Cut":
-        """The cut of the prompt's beginning of which ``columns`` were kept.
+    def cropped(self, length: int) -> Self:
+        """The cut of the prompt's first ``length`` columns.
 
         Raises:
-            ValueError: something that stands behind that beginning was dropped, so that its end cannot be known.
+            ValueError: some of the others were dropped, or are padding.
         """
-        length = self.length - self.index.shape[1] + columns
-        if not torch.equal(self.index[:, columns:], self._behind(length, self.length)):
+        if length >= self.length:
+            return self
+        behind = self._columns(length, self.length)
+        left = self.index.shape[1] - behind.shape[1]
+        if not torch.equal(self.index[:, left:], behind):
             raise ValueError(
                 "a pruned model's cache can be cropped behind its pictures only, with prompts padded on the left; "
                 "start again without it"
             )
-        return Cut(self.index[:, :columns], self.mask[:, :columns], length)
+        return replace(self, index=self.index[:, :left], mask=self.mask[:, :left], length=length)
 
-    def _behind(self, start: int, end: int) -> Tensor:
+    def repeated(self, times: int) -> Self:
+        index, mask = self.index.repeat_interleave(times, 0), self.mask.repeat_interleave(times, 0)
+        return replace(self, index=index, mask=mask)
+
+    def _columns(self, start: int, end: int) -> Tensor:
         return torch.arange(start, end, device=self.index.device).expand(len(self.index), -1)
-
-    def repeated(self, times: int) -> "Cut":
-        return Cut(self.index.repeat_interleave(times, 0), self.mask.repeat_interleave(times, 0), self.length)
 
 
 @dataclass(frozen=True)

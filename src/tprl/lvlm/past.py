@@ -37,7 +37,7 @@ class Past:
     def cropped(self, columns: int) -> "Past":
         """What stands in the cache when ``columns`` are left of it."""
         removed = self.cut.index.shape[1] - columns
-        return self if removed <= 0 else Past(self.cut.cropped(columns), self.next_position - removed)
+        return self if removed <= 0 else Past(self.cut.cropped(self.cut.length - removed), self.next_position - removed)
 
     def begins(self, prompt: Tensor, mask: Tensor | None) -> bool:
         """Whether ``prompt`` begins with what the cache holds, rather than being its continuation alone: then a mask is

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tprl.lvlm.in_model import LayerView
+from tprl.lvlm.layer_view import LayerView
 from tprl.lvlm.packing import Block, Prefix
 from tprl.lvlm.reader import RowReader
 

@@ -79,6 +79,8 @@ def test_a_token_pruner_prunes_the_model_that_it_was_trained_for(tiny: Tiny, tmp
     assert 0 < len(indices[0]) < 16
     pruner.config = replace(pruner.config, threshold=0.3)
     assert kept(tiny.model, inputs, pruner, template_ids=frozenset()) == indices
+    with tprl.prune(tiny.model, pruner, template_ids=frozenset()) as pruning:
+        assert pruning.threshold == 0.3
     with pytest.raises(ValueError, match="exactly one of budget, keep_ratio and threshold; got none"):
         tprl.prune(tiny.model, "divprune")
 
@@ -124,6 +126,8 @@ def test_the_processor_tells_the_question_from_the_template(tiny: Tiny) -> None:
     one = seen([word, user, user, user, user, user])
     assert torch.equal(seen([word, assistant, end, start, end, assistant]), one)
     assert not torch.equal(seen([word, word, end, start, end, assistant]), one)
+    with tprl.prune(tiny.model, pruner, budget=4, processor=processor, template_ids=frozenset({word})) as pruning:
+        assert pruning.template_ids == {word}
 
 
 def test_a_picture_without_a_question_is_pruned(tiny: Tiny) -> None:
@@ -169,6 +173,10 @@ def test_a_peer_by_name_or_as_an_object(tiny: Tiny, name: str) -> None:
     indices = kept(tiny.model, inputs, name, keep_ratio=0.25)
     assert len(indices[0]) == 4
     assert kept(tiny.model, inputs, SELECTORS[name](), budget=4) == indices
+
+
+def test_a_peer_keeps_all_of_a_picture_with_fewer_tokens_than_the_budget(tiny: Tiny) -> None:
+    assert kept(tiny.model, tiny.batch([2, "I", 4]), "divprune", budget=99) == [[*range(16)]]
 
 
 def test_a_selector_of_ones_own_is_told_the_question_if_it_says_that_it_reads_it(tiny: Tiny) -> None:

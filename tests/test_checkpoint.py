@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from filelock import FileLock
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
@@ -260,3 +261,21 @@ def test_a_file_whose_maker_failed_or_was_killed_is_made_by_the_next(tmp_path: P
     assert path.read_text() == "half"
     make_once(path, lambda: save_text(path, "whole"), lambda path: path.read_text() == "whole")
     assert path.read_text() == "whole"
+
+
+def test_bytes_reach_the_disk_before_they_get_their_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    synced: list[str] = []
+    monkeypatch.setattr(
+        "tprl.checkpoint.os.fsync", lambda file: synced.append(Path(f"/proc/self/fd/{file}").resolve().name)
+    )
+    save_text(tmp_path / "a.json", "text")
+    save_tensors(tmp_path / "a.safetensors", {"weight": torch.ones(1)}, {})
+    assert synced == ["a.json.partial", "a.safetensors.partial"]
+
+
+def test_a_maker_that_failed_holds_the_lock_no_longer(tmp_path: Path) -> None:
+    path = tmp_path / "shard"
+    with pytest.raises(ZeroDivisionError) as failed:  # whose traceback keeps what the maker had at hand
+        make_once(path, lambda: print(1 / 0))
+    with FileLock(path.with_name("shard.lock"), timeout=0):
+        assert failed.tb

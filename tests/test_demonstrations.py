@@ -254,3 +254,49 @@ def test_the_search_may_win_by_any() -> None:
     score = MemoScore(lambda rows, masks: (masks * weights[rows]).sum(-1))
     run = (visual, [12, 8, 4], torch.zeros(1), score, 1.0, 0.0, 1.0, 0.5)
     assert demonstrate([Order(range(36))], *run, Search(30, 4, seed=1)).teacher.tolist() == [1]
+
+
+def test_search_stays_where_nothing_is_worth_more_and_differs_from_seed_to_seed() -> None:
+    visual = grid_tokens(6, 3)
+    start, hints = nested_start(visual, [12, 8, 4]), torch.ones(3, 36)
+    assert torch.equal(Search(5, 4, 0).improve(start, hints, visual, lambda masks: torch.zeros(3)), start)
+    weights = torch.rand(3, 36, generator=torch.Generator().manual_seed(0))
+    found = [Search(5, 4, seed).improve(start, hints, visual, lambda m: (m * weights).sum((0, 2))) for seed in (0, 1)]
+    assert not torch.equal(*found)
+
+
+def test_every_second_child_moves_a_single_token() -> None:
+    """Of what the start drops, token 21 alone is worth having; whatever comes with it costs more than it is worth."""
+    visual = grid_tokens(6, 1)
+    start = nested_start(visual, [12])
+    weights = torch.where(start[0, 0], 0.0, -1.0)
+    weights[21] = 0.5
+    found = Search(100, 4, 0).improve(start, torch.ones(1, 36), visual, lambda masks: (masks[0] * weights).sum(1))
+    assert (found & ~start)[0, 0].nonzero().tolist() == [[21]]
+
+
+def test_search_among_fewer_tokens_than_a_block_has() -> None:
+    """What is last is worth most; padding would be worth more than all."""
+    visual, weights = visual_tokens([3, 2], [1, 1], 4), torch.tensor([[0.0, 1, 2], [0, 1, 9]])
+    start = nested_start(visual, [2, 1])
+    assert start.sum(0).tolist() == [[2, 1, 0], [2, 1, 0]]
+    found = Search(10, 4, 0).improve(start, torch.ones(2, 3), visual, lambda masks: (masks * weights).sum((0, 2)))
+    assert found.sum(0).tolist() == [[0, 1, 2], [1, 2, 0]]
+
+
+def test_search_starts_from_the_best_and_proposes_what_teachers_kept_for_long() -> None:
+    given = []
+
+    class Watched(Search):
+        def improve(self, start: Tensor, hints: Tensor, *rest: object) -> Tensor:
+            given.append((start, hints))
+            return start
+
+    visual = visual_tokens([4, 4], [1, 1], 4)
+    score = weigh(torch.tensor([[1.0, 0, 0, 0], [0, 0, 0, 1]]))
+    teachers = [Order(range(4)), Order([3, 1, 2, 0])]
+    found = demonstrate(teachers, visual, [2, 1], torch.ones(2), score, 1.0, 0.1, 1.0, 0.0, Watched(1, 1, 0))
+    ((start, hints),) = given
+    assert torch.equal(start.transpose(0, 1), found.states[:, 1:])
+    assert start.int().tolist() == [[[1, 1, 0, 0], [0, 1, 0, 1]], [[1, 0, 0, 0], [0, 0, 0, 1]]]
+    assert hints.tolist() == [[1 + 2, 1 + 1 + 1, 1, 1 + 2]] * 2

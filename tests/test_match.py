@@ -37,6 +37,16 @@ def test_it_is_its_definition() -> None:
         assert not match[row, count:].any()
 
 
+def test_words_that_are_not_there_are_not_nearer_than_one_that_is_far() -> None:
+    """The second question is one word, which every token of its picture is turned away from."""
+    visual = visual_tokens(COUNTS, ASKED, WIDTH)
+    word = visual.query[1, 0] / visual.query[1, 0].norm()
+    visual.tokens[1] -= (visual.tokens[1] @ word + 0.5)[:, None] * word
+    expected = slow_match(visual.tokens[1, :4], visual.query[1, :1])
+    assert expected[:, 0].abs().min() > 0.01
+    torch.testing.assert_close(question_match(visual)[1, :4], expected, rtol=1e-3, atol=1e-3)
+
+
 def test_padding_changes_nothing() -> None:
     visual = visual_tokens(COUNTS, ASKED, WIDTH)
     before = question_match(visual)

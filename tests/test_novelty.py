@@ -38,6 +38,13 @@ def test_novelty_slowly(seed: int, rows: int, monkeypatch: pytest.MonkeyPatch) -
         torch.testing.assert_close(found[row, :count], expected, rtol=1e-4, atol=1e-5)
 
 
+def test_padding_shows_nothing_whatever_it_holds() -> None:
+    visual = visual_tokens(COUNTS, [1, 1, 1, 1], 3)
+    visual.tokens[~visual.mask] = 1.0
+    found = novelty(torch.zeros(visual.mask.shape), visual.tokens, visual.mask)
+    assert (found[~visual.mask] == 0).all()
+
+
 def test_novelty_by_hand() -> None:
     """At 0, 60, 90, 0 and 180 degrees, the likeliest first but for the fourth, which is likelier than the third."""
     angles = torch.tensor([0.0, 60, 90, 0, 180]).deg2rad()

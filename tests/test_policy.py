@@ -58,6 +58,32 @@ def test_the_trunk_written_out() -> None:
     torch.testing.assert_close(look(policy, visual).logits[0], policy.actor(policy.norm(state[:5]))[:, 0])
 
 
+def test_the_trunks_parts_written_out() -> None:
+    policy, given = make_policy(), torch.randn(3, 16, generator=torch.Generator().manual_seed(5)).double()
+
+    def linear(layer: nn.Module, rows: Tensor) -> Tensor:
+        return rows @ layer.weight.T + layer.bias
+
+    def normed(layer: nn.Module, rows: Tensor) -> Tensor:
+        centred = rows - rows.mean(-1, keepdim=True)
+        return centred / (centred.square().mean(-1, keepdim=True) + 1e-5).sqrt() * layer.weight + layer.bias
+
+    def gelu(rows: Tensor) -> Tensor:
+        return rows * (1 + torch.erf(rows / 2**0.5)) / 2
+
+    norm, to_hidden = policy.query_in
+    words = given[:, :LATENT]
+    torch.testing.assert_close(policy.query_in(words), linear(to_hidden, normed(norm, words)))
+    for block in policy.trunk:
+        torch.testing.assert_close(block.attention_norm(given), normed(block.attention_norm, given))
+        norm, up, _, down = block.mlp
+        torch.testing.assert_close(block.mlp(given), linear(down, gelu(linear(up, normed(norm, given)))))
+    torch.testing.assert_close(policy.norm(given), normed(policy.norm, given))
+    for head in (policy.actor, policy.critic):
+        first, _, second = head
+        torch.testing.assert_close(head(given), linear(second, gelu(linear(first, given))))
+
+
 # torch takes another road where no gradient is asked for, so both are walked
 @pytest.mark.parametrize("grad", [True, False])
 def test_a_row_is_what_it_is_alone(grad: bool) -> None:

@@ -162,6 +162,12 @@ def test_half_precision() -> None:
     assert pruner.keep_probs(half).dtype == torch.float32
 
 
+def test_a_choice_holds_no_gradients() -> None:
+    pruner = make_pruner()
+    assert all(weight.requires_grad for weight in pruner.parameters())
+    assert not pruner.keep_probs(batch()).requires_grad
+
+
 def test_the_question_counts_unless_it_is_hidden() -> None:
     """Hidden, not even its length shows."""
     visual = batch()
@@ -307,6 +313,21 @@ def test_a_full_disk_leaves_nothing_half_written(folder: Path, tmp_path: Path, m
     for name in (WEIGHTS, CONFIG):
         assert (folder / name).read_bytes() == (tmp_path / "before" / name).read_bytes()
     assert torch.equal(TokenPruner.from_pretrained(folder).keep_probs(batch()), make_pruner().keep_probs(batch()))
+
+
+def test_settings_that_no_longer_fit_on_the_disk_leave_the_old_ones(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(path: Path, text: str) -> None:
+        path.write_bytes(text.encode()[:9])
+        raise OSError(28, "No space left on device")
+
+    before = (folder / CONFIG).read_bytes()
+    monkeypatch.setattr(Path, "write_text", full)
+    with pytest.raises(OSError, match="No space left"):
+        make_pruner(threshold=0.25).save_pretrained(folder)
+    assert (folder / CONFIG).read_bytes() == before
+    assert sorted(path.name for path in folder.iterdir()) == sorted([WEIGHTS, CONFIG])
 
 
 def test_uploading_is_saving_elsewhere(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

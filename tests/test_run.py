@@ -162,3 +162,52 @@ def test_weights_that_are_not_finite_stop_the_run(tmp_path: Path) -> None:
 
     with pytest.raises(FloatingPointError, match=r"update 1 of toy .* bias"):
         fit(RunFolder(tmp_path / "run", {}), replace(stage, update=update), save_every=2)
+
+
+def test_nothing_of_an_overwritten_run_is_left(tmp_path: Path) -> None:
+    """Neither a checkpoint to go on from nor a metric that says what is done."""
+    run = tmp_path / "run"
+    with pytest.raises(FloatingPointError):
+        fit(RunFolder(run, {}), make_stage(poison_at=3), save_every=2)
+    for name in ("stages", "pruner", "tensorboard", "cache"):
+        (run / name / "more").mkdir(parents=True)
+    assert {path.name for path in run.iterdir()} >= {"metrics.jsonl", "not-finite-toy-000004.safetensors"}
+    RunFolder(run, {}, overwrite=True)
+    assert sorted(path.name for path in run.iterdir()) == ["checkpoints", "config.json"]
+    assert not list((run / "checkpoints").iterdir())
+
+
+def test_ctrl_c_saves_and_leaves_and_then_is_as_before(tmp_path: Path) -> None:
+    stage, before = make_stage(), [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
+
+    def update(step: int) -> dict[str, float]:
+        os.kill(os.getpid(), signal.SIGINT)
+        return stage.update(step)
+
+    with pytest.raises((SystemExit, KeyboardInterrupt)) as stopped:
+        fit(RunFolder(tmp_path / "run", {}), replace(stage, update=update), save_every=100)
+    assert stopped.value.args == (128 + signal.SIGINT,)
+    assert [path.name for path in (tmp_path / "run" / "checkpoints").iterdir()] == ["toy-000001.safetensors"]
+    assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)] == before
+
+
+def test_metrics_reach_the_disk_before_the_checkpoint_behind_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run, synced = RunFolder(tmp_path / "run", {}), []
+    monkeypatch.setattr(
+        "tprl.checkpoint.os.fsync", lambda file: synced.append(Path(f"/proc/self/fd/{file}").resolve().name)
+    )
+    fit(run, make_stage(1), save_every=2)
+    assert synced == ["metrics.jsonl", "toy-000001.safetensors.partial"]
+
+
+def test_stages_keep_their_own_checkpoints_and_metrics(tmp_path: Path) -> None:
+    run = RunFolder(tmp_path / "run", {})
+    fit(run, make_stage(4), save_every=2)
+    other = replace(make_stage(), name="other")
+    assert run.restore(other.name, other.module, other.optimizer) == 0
+    fit(run, other, save_every=7)
+    lines = metrics(tmp_path / "run")
+    run.rewind("other", 1)
+    assert metrics(tmp_path / "run") == lines[:5]

@@ -13,6 +13,7 @@ from PIL import Image
 from tprl.data import load_source, load_training
 from tprl.data.jsonl import Jsonl, parse_record, read_image
 from tprl.data.sample import DataError, samples_digest
+from tprl.data.splits import held_out
 from tprl.scoring import parse_box, score
 
 GOOD = {"image": "a.png", "question": "What?", "answer": "dog"}
@@ -186,6 +187,8 @@ def test_train_and_val_divide_the_pictures(folder: Path) -> None:
     assert (len(pictures["train"]), len(pictures["val"]), len(parts["val"])) == (27, 3, 6)
     assert not pictures["train"] & pictures["val"]
     assert len(parts["test"]) == 60
+    for split, samples in parts.items():  # fewer of them are the first of them, so that no two sizes mix the splits
+        assert Jsonl(path, split, 4).samples == samples[:4]
     reordered = write(folder, *records[::-1])
     assert {sample.image_id for sample in Jsonl(reordered, "val").samples} == pictures["val"]
     with pytest.raises(DataError, match="no sample for split 'train' among its 1"):
@@ -290,7 +293,37 @@ def test_pictures_of_16_bits_keep_their_greys(tmp_path: Path) -> None:
         read_image(tmp_path / "depth.tiff")
 
 
-def test_a_damaged_exif_block_is_a_bad_picture(tmp_path: Path) -> None:
-    Image.new("RGB", (8, 8)).save(tmp_path / "a.png", exif=b"Exif\0\0II*\0")
+@pytest.mark.parametrize("block", [b"II*\0", b"nonsense"])
+def test_a_damaged_exif_block_is_a_bad_picture(tmp_path: Path, block: bytes) -> None:
+    Image.new("RGB", (8, 8)).save(tmp_path / "a.png", exif=b"Exif\0\0" + block)
     with pytest.raises(DataError, match=r"cannot read picture .*a\.png"):
         read_image(tmp_path / "a.png")
+
+
+def test_a_tenth_of_the_pictures_is_held_out_however_often_each_is_asked_about() -> None:
+    names = [str(number) for number in range(30)]
+    expected = held_out(names)
+    assert len(expected) == 3
+    for often in names:
+        assert held_out([*names, *[often] * 100]) == expected
+
+
+def test_as_old_but_of_another_size_is_another_version(folder: Path) -> None:
+    source, versions = Jsonl(write(folder, GOOD), "test"), set()
+    for size in (7, 70):
+        Image.new("RGB", (size, size)).save(folder / "a.png")
+        os.utime(folder / "a.png", ns=(1, 1))
+        versions.add(source.version("a.png"))
+    assert len(versions) == 2
+
+
+def test_a_picture_too_large_to_be_safe_is_a_bad_one(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 64)
+    with pytest.raises(DataError, match=r"cannot read picture .*a\.png: .*decompression bomb"):
+        read_image(folder / "a.png")
+
+
+def test_a_picture_is_told_by_the_first_line_that_names_it(folder: Path) -> None:
+    bad = {**GOOD, "image": "cut-a.png"}
+    with pytest.raises(DataError, match=r"data\.jsonl:2: cannot read"):
+        Jsonl(write(folder, GOOD, bad, bad), "test").image("cut-a.png")

@@ -14,12 +14,12 @@ from evaluate.world import World, save_world, tiny_lvlm
 from launcher import BY_TWO
 from lvlm.tiny import make
 from tprl.commands.ablate import ablate as run_ablation
-from tprl.config import ImitateStage, TrainConfig
+from tprl.config import ImitateStage, PpoStage, TrainConfig
 from tprl.data.sample import Sample
 from tprl.evaluate.ablation import ablation_table, compare
 from tprl.evaluate.cell import Cell
 from tprl.lvlm.model import Lvlm
-from tprl.train.ablation import FULL, ROWS, check_rows
+from tprl.train.ablation import FULL, ROWS, _reward_only, check_rows
 from tprl.train.pipeline import STAGES
 
 SETTINGS = [
@@ -75,8 +75,22 @@ def test_every_row_changes_what_it_says_and_nothing_else() -> None:
     search = ("text-attention", "fastervlm", "divprune", "search")
     searching = replace(config, imitate=replace(config.imitate, teachers=search))
     assert ROWS["teacher-search"].settings(config) == searching
+    assert ROWS["critic"].settings(config) == replace(config, ppo=replace(config.ppo, baseline="critic"))
+    assert ROWS["sparse-score"].settings(config) == replace(config, ppo=replace(config.ppo, score="correct"))
+    blind = replace(config, pruner=replace(config.pruner, use_question=False))
+    assert ROWS["no-question"].settings(config) == blind
+    raw = replace(config, pruner=replace(config.pruner, use_autoencoder=False))
+    assert ROWS["no-autoencoder"].settings(config) == raw
     assert ROWS["latent-16"].settings(config) == replace(config, pruner=replace(config.pruner, latent=16))
     assert all(set(row.stages) <= set(STAGES) for row in ROWS.values())
+
+
+def test_imitations_are_shared_by_what_their_demonstrations_depend_on() -> None:
+    config = TrainConfig()
+    dense = {name: _reward_only(row.settings(config).ppo) for name, row in ROWS.items()}
+    assert {name for name, kept in dense.items() if kept != dense[FULL]} == {"sparse-score"}
+    own = PpoStage(score="correct", alpha=2.0, gamma=0.25, beta=9.0, epochs=7, horizon=3)
+    assert _reward_only(own) == PpoStage(score="correct", alpha=2.0, gamma=0.25)
 
 
 @pytest.fixture(scope="module")

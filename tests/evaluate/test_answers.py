@@ -7,6 +7,7 @@ import torch
 
 from evaluate.world import LAYERS, QUESTIONS, World, tiny_lvlm
 from tprl.config import PrunerConfig
+from tprl.evaluate import answers
 from tprl.evaluate.answers import Answered, answered
 from tprl.evaluate.flops import kv_cache_mib, lvlm_flops, module_flops
 from tprl.evaluate.latency import question_inputs
@@ -59,3 +60,16 @@ def test_a_method_inside_is_charged_layer_by_layer(lvlm: Lvlm) -> None:
     assert answer.visual_tokens == fmean(counts)
     assert 0 < rest(lvlm, answer, 16, counts) < rest(lvlm, answer, 5)
     assert answer.kv_cache_mib == pytest.approx(kv_cache_mib(lvlm.model.config, fmean(counts) + words(lvlm), 4))
+
+
+def test_what_is_kept_is_what_reaches_the_last_layer(lvlm: Lvlm) -> None:
+    [method] = make_methods(("pyramiddrop",), (5,), None, None, False, 0)
+    answer = answered(lvlm, IMAGE, QUESTION, method)
+    assert len(answer.kept) == 5
+    assert answer.visual_tokens == fmean(method.layer_counts(LAYERS, 16) or [])
+
+
+def test_the_first_prefill_only_warms_up(lvlm: Lvlm, monkeypatch: pytest.MonkeyPatch) -> None:
+    taken = iter([1000.0, 9.0, 2.0, 4.0])
+    monkeypatch.setattr(answers, "prefill_ms", lambda lvlm, prompt: next(taken))
+    assert answered(lvlm, IMAGE, QUESTION).prefill_ms == 4.0

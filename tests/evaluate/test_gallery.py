@@ -36,6 +36,11 @@ def test_missing_kinds_leave_room_for_the_others() -> None:
     assert len(choose_cases(samples[:3], [1.0] * 3, [0.0] * 3, 6)) == 3
 
 
+def test_half_right_counts_as_right() -> None:
+    samples = [Sample(str(i), str(i), "?", ("a",), "all", None) for i in range(6)]
+    assert choose_cases(samples, [0.5] * 6, [0.4] * 3 + [0.5] * 3, 4) == [0, 1, 3, 4], "two lost, two kept"
+
+
 def test_cases_show_what_was_kept_and_answered(tmp_path: Path) -> None:
     lvlm, world = tiny_lvlm(), World()
     methods = make_methods(("fastervlm", "fastv"), (3, 8), None, None, False, 0)

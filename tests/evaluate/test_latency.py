@@ -35,3 +35,11 @@ def test_methods_take_turns_pruned_and_the_first_prompt_does_not_count(monkeypat
     length = inputs[0]["input_ids"].shape[1]
     assert seen == [length, length - 13, length - 13] * 2
     assert taken == {"unpruned": length, "uniform-3": length - 13, "fastv-3": length - 13}
+
+
+def test_a_method_takes_the_median_of_its_prefills(monkeypatch: pytest.MonkeyPatch) -> None:
+    lvlm, world = tiny_lvlm(), World()
+    inputs = [prompt_inputs(lvlm, world, world.samples[index]) for index in (0, 4, 8, 12)]
+    taken = iter([1000.0, 9.0, 2.0, 4.0])
+    monkeypatch.setattr(latency, "prefill_ms", lambda lvlm, prompt: next(taken))
+    assert measure_prefills(lvlm, {"unpruned": None}, inputs, "prefills") == {"unpruned": 4.0}

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from tprl.evaluate.statistics import bootstrap_ci95
+from tprl.evaluate.statistics import bootstrap_ci95, points_ci95
 
 
 def test_equals_a_slow_loop() -> None:
@@ -56,3 +56,29 @@ def test_equal_values_have_no_width_and_no_values_no_interval() -> None:
         bootstrap_ci95([], [], 0)
     with pytest.raises(ValueError, match="shorter"):
         bootstrap_ci95([1.0, 0.0], ["a"], 0)
+
+
+def test_a_picture_weighs_by_its_questions_in_every_draw() -> None:
+    """A slow loop over many groups of unlike sizes, whose means grow with their sizes."""
+    groups = [number for number in range(12) for _ in range(1 + number)]
+    values = [number / 11 for number in groups]
+    rng, means = np.random.default_rng(5), []
+    for _ in range(100):
+        drawn = [
+            value for pick in rng.integers(12, size=12) for value, of in zip(values, groups, strict=True) if of == pick
+        ]
+        means.append(sum(drawn) / len(drawn))
+    expected = np.quantile(means, [0.025, 0.975])
+    assert bootstrap_ci95(values, groups, 5, 100) == pytest.approx(tuple(expected))
+
+
+def test_points_are_differences_of_questions_drawn_by_picture() -> None:
+    rng = np.random.default_rng(0)
+    before, after = (rng.integers(2, size=40).astype(float).tolist() for _ in range(2))
+    pictures = [str(number // 4) for number in range(40)]
+    for seed in (0, 1):
+        mean, (low, high) = points_ci95(before, after, pictures, seed)
+        differences = [one - other for one, other in zip(before, after, strict=True)]
+        expected = bootstrap_ci95(differences, pictures, seed)
+        assert mean == pytest.approx(100 * sum(differences) / 40)
+        assert (low, high) == pytest.approx((100 * expected[0], 100 * expected[1]))

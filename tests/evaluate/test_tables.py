@@ -1,5 +1,6 @@
 """The README's tables, from numbers made up so that every place of every table is known."""
 
+import pytest
 from matplotlib.figure import Figure
 
 from evaluate.world import result_row
@@ -36,6 +37,13 @@ def test_what_tprl_costs_stands_by_falling_budget() -> None:
     )
 
 
+def test_tprl_is_compared_with_the_best_of_the_others() -> None:
+    rows = [row for row in RESULTS["rows"] if row["budget"] == 64]
+    rows += [result_row("uniform", 64, 0.85), result_row("divprune", 64, 0.87)]
+    (line,) = [line for line in overview_table(RESULTS | {"rows": rows}).splitlines() if line.startswith("| 64 ")]
+    assert line.split("|")[5].strip() == "0.5 (-0.5 to 1.5), divprune"
+
+
 def test_every_row_stands_by_budget_and_accuracy() -> None:
     lines = markdown_table(RESULTS).splitlines()
     assert [line.split("|")[1:3] for line in lines[4:8]] == [
@@ -63,6 +71,8 @@ def test_curves_stand_at_the_kept_tokens_near_the_unpruned_model_and_whole() -> 
         lines = {line.get_label(): line.get_xydata().tolist() for line in axes.get_lines()}
         assert lines["peer"] == [[100, 84.5], [300, 89]]
         assert lines["tprl"] == [[32, 83], [64, 88]]
+        bands = [path.get_extents().intervaly.tolist() for area in axes.collections for path in area.get_paths()]
+        assert bands[2] == pytest.approx([83.5, 90]), "the peer's accuracies less and more one point"
     assert near.get_ylim() == (80, 92)
     assert whole.get_ylim()[0] < 30
     assert whole.get_ylim()[1] > 90

@@ -9,11 +9,12 @@ from typing import Any
 import pytest
 import torch
 
+import tprl
 from evaluate.world import World, tiny_lvlm
 from tprl.data.sample import Source
 from tprl.evaluate.latency import prompt_inputs
 from tprl.lvlm import shards
-from tprl.lvlm.cache import EncodedSamples
+from tprl.lvlm.cache import EncodedSamples, weights_digest
 from tprl.lvlm.model import Lvlm
 from tprl.lvlm.score import AnswerScores, Within
 from tprl.scoring import score
@@ -144,6 +145,14 @@ def test_another_version_of_a_picture_makes_another_cache(lvlm: Lvlm, encoded: E
     assert EncodedSamples(lvlm, World(), encoded.folder.parent, encoded.signals).folder == encoded.folder
 
 
+def test_other_signals_or_another_split_make_another_cache(lvlm: Lvlm, encoded: EncodedSamples) -> None:
+    class Train(World):
+        split = "train"
+
+    assert EncodedSamples(lvlm, World(), encoded.folder.parent).folder != encoded.folder
+    assert EncodedSamples(lvlm, Train(), encoded.folder.parent, encoded.signals).folder != encoded.folder
+
+
 def test_what_every_token_gives_is_computed_once(
     lvlm: Lvlm, encoded: EncodedSamples, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -177,6 +186,16 @@ def test_another_template_makes_other_unpruned_scores(lvlm: Lvlm, tmp_path: Path
         lvlm.processor.chat_template = template
     assert after.folder == before.folder
     assert len(list(after.folder.glob("scores-*"))) == 2
+
+
+def test_another_version_of_the_package_scores_anew(
+    lvlm: Lvlm, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for version in ("1", "2", "2"):
+        monkeypatch.setattr(tprl, "__version__", version)
+        encoded = EncodedSamples(lvlm, World(1), tmp_path)
+        _ = encoded.unpruned
+    assert len(list(encoded.folder.glob("scores-*"))) == 2
 
 
 def test_another_processor_makes_another_cache(lvlm: Lvlm, encoded: EncodedSamples) -> None:
@@ -221,6 +240,15 @@ def test_other_weights_or_another_dtype_make_another_cache(lvlm: Lvlm, encoded: 
     rounded = EncodedSamples(halved, encoded.source, encoded.folder.parent, encoded.signals).folder
     halved.model.bfloat16()
     assert EncodedSamples(halved, encoded.source, encoded.folder.parent, encoded.signals).folder != rounded
+
+
+def test_a_digest_sees_other_weights_of_the_same_sum(lvlm: Lvlm) -> None:
+    other, digests = Lvlm(copy.deepcopy(lvlm.model)), set()
+    for two in ([0.5, 0.25], [1.5, -0.75], [-0.5, 0.25]):
+        with torch.no_grad():
+            next(other.model.parameters()).view(-1)[:2] = torch.tensor(two)
+        digests.add(weights_digest(other))
+    assert len(digests) == 3
 
 
 def test_an_answer_in_other_letters_is_right_too(lvlm: Lvlm, encoded: EncodedSamples) -> None:

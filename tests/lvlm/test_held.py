@@ -17,6 +17,25 @@ def test_shorter_rows_are_filled_up_with_dropped_columns() -> None:
     assert HELD.scatter(HELD.gather(values)).tolist() == [[0, 0, 0, 3, 4, 5], [6, 7, 0, 9, 10, 11]]
 
 
+def test_without_a_mask_tokens_see_what_is_held_before_them_and_fillers_at_least_themselves() -> None:
+    held = Held.of(torch.tensor([[0, 0, 1, 1], [1, 0, 1, 1]]).bool())
+    assert held.index[0].tolist() == [0, 2, 3]
+    longer = held.extended(6)
+    for part, queries, first in ((held, 4, 0), (longer, 2, 4)):
+        mask = part.attention_mask(None, queries)
+        assert mask is not None
+        columns, real = part.index.tolist(), part.mask.tolist()
+        for row in range(2):
+            asking = [place for place, column in enumerate(columns[row]) if column >= first]
+            assert mask[row, 0].tolist() == [
+                [
+                    columns[row][key] <= columns[row][query] and (real[row][key] or key == query)
+                    for key in range(len(columns[row]))
+                ]
+                for query in asking
+            ]
+
+
 def test_longer_and_back() -> None:
     longer = HELD.extended(8)
     assert isinstance(longer, Held)

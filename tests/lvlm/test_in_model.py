@@ -287,6 +287,22 @@ def test_pyramiddrop_cuts_again_and_again() -> None:
     assert (hidden[shown] - model(**batch.inputs()).last_hidden_state[shown]).abs().max() > FAR
 
 
+def test_what_a_method_says_of_other_tokens_has_no_meaning() -> None:
+    model, batch, budgets = decoder(), Batch(), torch.tensor([2, 1, 3])
+
+    class Loud(PyramidDrop):
+        def select(self, stage: int, view: LayerView, budget: Tensor) -> Selection:
+            return Selection(super().select(stage, view, budget).keep_mask | ~view.visual)
+
+    outcomes = []
+    for method in (PyramidDrop(), Loud()):
+        with dropping(model, method, visual=batch.visual, last=batch.last, budgets=budgets) as dropped:
+            outcomes.append((model(**batch.inputs()).last_hidden_state, dropped.kept))
+    (quiet, kept), (loud, same) = outcomes
+    assert torch.equal(quiet, loud)
+    assert all(torch.equal(one, other) for one, other in zip(kept, same, strict=True))
+
+
 def test_dart_is_shown_a_layers_keys_and_its_normed_output() -> None:
     model, batch, views = decoder(), Batch(), []
     torch.nn.init.uniform_(model.norm.weight)
@@ -344,6 +360,10 @@ def test_sparsevlm_sees_what_entered_the_decoder_and_puts_clusters_into_it() -> 
     longest = int(held.sum(1).argmax())  # the row that is not filled up
     expected = model.layers[1].input_layernorm(selection.tokens[longest, held[longest]])
     assert torch.equal(entering["hidden"][longest], expected)
+    for (later, _), kept in zip(views[1:], dropped.kept, strict=False):
+        held = kept | ~batch.visual
+        longest = int(held.sum(1).argmax())
+        assert torch.equal(later.entered[longest], batch.embeds[longest, held[longest]])
     for row in range(3):
         real = batch.real[row]
         with dropping(

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from PIL import Image
 from tokenizers import Regex, Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.normalizers import Prepend, Replace, Sequence
@@ -10,6 +11,7 @@ from tokenizers.processors import TemplateProcessing
 from transformers import PreTrainedTokenizerFast
 
 from lvlm.test_model import lvlm
+from tprl.evaluate.latency import question_inputs
 from tprl.lvlm.model import Lvlm
 
 
@@ -53,6 +55,25 @@ def test_an_answer_ends_where_its_template_says_nothing() -> None:
     query, mask = model.question_embeds(["what is it"])
     assert mask.tolist() == [[True] * 3]
     assert torch.equal(query[0], model.model.get_input_embeddings().weight[[8, 10, 11]])
+
+
+def test_a_beginning_that_the_template_writes_is_not_added_once_more() -> None:
+    """The tokenizer begins what it is given by <s>, too."""
+    bare, begun = like_llava_15(), like_llava_15()
+    begun.processor.chat_template = "<s>" + bare.processor.chat_template
+    for answer in (None, "a cat"):
+        assert begun.prompts.ids("what is it", answer) == bare.prompts.ids("what is it", answer)
+    image = Image.new("RGB", (24, 24))
+    assert question_inputs(begun, image, "what is it")["input_ids"].tolist()[0].count(1) == 1
+
+
+def test_an_answer_does_not_melt_into_the_prompt() -> None:
+    """Where no blank stands between, "ASSISTANT:a" would be a word that nobody knows."""
+    model = like_llava_15()
+    model.processor.chat_template = model.processor.chat_template.replace("': '", "':'")
+    (_, prompt), (_, answered) = (model.prompts.ids("what is it", answer) for answer in (None, "a cat"))
+    assert prompt[-1] == 7
+    assert answered == [*prompt, 12, 13, 2]
 
 
 @pytest.mark.parametrize(("closing", "end"), [("", 2), ("</ end>", 2), ("is", 10)])

@@ -34,7 +34,7 @@ from transformers import (
     StoppingCriteriaList,
 )
 
-from lvlm.tiny import IMAGE, NAMES, PAD, Prompt, Tiny, make
+from lvlm.tiny import IMAGE, NAMES, PAD, VOCAB, Prompt, Tiny, make
 from tprl.lvlm import prune as pruning_module
 from tprl.lvlm.handle import HANDLE, unprune
 from tprl.lvlm.prune import Pruning, prune
@@ -220,6 +220,18 @@ def test_keeping_all_changes_nothing(tiny: Tiny) -> None:
         assert gap(generated(tiny, inputs)[1], whole[1]) > FAR
 
 
+def test_what_is_kept_whole_may_be_changed_all_the_same() -> None:
+    tiny = make("llava")
+    inputs = tiny.batch([2, "I", 4])
+    ids, (features,) = inputs["input_ids"], tiny.model.model.get_image_features(inputs["pixel_values"]).pooler_output
+    embeds = tiny.model.get_input_embeddings()(ids)
+    embeds[ids == IMAGE] = features.flip(0)
+    with prune(tiny.model, Reversed(), keep_ratio=1.0) as pruning:
+        logits = tiny.model(**inputs).logits
+    assert pruning.kept[0][0].count == 16
+    assert gap(logits, tiny.model(inputs_embeds=embeds).logits) < 1e-9
+
+
 @pytest.mark.parametrize("side", ["left", "right"])
 def test_a_ragged_batch_equals_each_sample_alone(tiny: Tiny, side: str) -> None:
     inputs = tiny.batch(*BATCH, side=side)
@@ -240,6 +252,16 @@ def test_a_ragged_batch_equals_each_sample_alone(tiny: Tiny, side: str) -> None:
                 tokens, logits = generated(tiny, alone)
                 assert torch.equal(decoded[0][row], tokens[0])
                 assert gap(decoded[1][row], logits[0]) < 1e-5
+
+
+@pytest.mark.parametrize(("side", "real"), [("left", -1), ("right", 0)])
+def test_padding_stays_on_its_side(side: str, real: int) -> None:
+    tiny = make("llava")
+    with prune(tiny.model, Norms(), keep_ratio=0.4) as pruning:
+        tiny.model(**tiny.batch(*BATCH, side=side))
+    assert pruning.cut is not None
+    assert pruning.cut.mask[:, real].all()
+    assert not pruning.cut.mask.all()
 
 
 def test_right_padding_is_decoded_rightly(tiny: Tiny) -> None:
@@ -329,6 +351,17 @@ def test_a_hand_written_loop_goes_on_from_the_cache(tiny: Tiny, side: str) -> No
     assert gap(torch.cat(steps, 1), expected) < 1e-9
     unhidden = reference(tiny, left, torch.zeros_like(hidden), continuation)[:, -3:]
     assert gap(torch.cat(steps, 1), unhidden) > FAR
+
+
+def test_a_hand_written_step_goes_on_from_what_generate_left(tiny: Tiny) -> None:
+    inputs = tiny.batch(*BATCH)
+    length = inputs["input_ids"].shape[1]
+    with prune(tiny.model, Norms(), keep_ratio=0.4) as pruning:
+        answer = tiny.model.generate(**inputs, max_new_tokens=4, do_sample=False, return_dict_in_generate=True)
+        cache, said = answer.past_key_values, answer.sequences[:, length:]
+        logits = tiny.model(input_ids=said[:, -1:], past_key_values=cache).logits
+    hidden = dropped(tiny, pruning, inputs["input_ids"])
+    assert gap(logits, reference(tiny, inputs, hidden, said)[:, -1:]) < 1e-9
 
 
 def test_labels_give_the_masked_models_loss(tiny: Tiny) -> None:
@@ -539,6 +572,23 @@ def test_compact_positions_count_the_short_prompt(tiny: Tiny) -> None:
     assert (seen["position_ids"] == expected).all()
 
 
+@pytest.mark.parametrize("name", ["qwen2_vl", "qwen3_vl"])
+def test_the_row_of_positions_that_masks_are_made_by_has_no_gaps(name: str) -> None:
+    """Two-dimensional positions have one more row, that of the text, which counts what is left."""
+    tiny = make(name)
+    seen: dict[str, Any] = {}
+    language = tiny.model.get_decoder()
+    hook = language.register_forward_pre_hook(lambda m, args, kwargs: seen.update(kwargs), with_kwargs=True)
+    with prune(tiny.model, Norms(), keep_ratio=0.4) as pruning:
+        tiny.model(**tiny.batch([2, "I", 4], [1, "I", 6]))
+    hook.remove()
+    assert pruning.cut is not None
+    text, *rest = (positions[pruning.cut.mask].tolist() for positions in seen["position_ids"])
+    assert text == [place for count in pruning.cut.mask.sum(1).tolist() for place in range(count)]
+    assert len(rest) == 3
+    assert text not in rest
+
+
 @pytest.mark.parametrize("form", ["keyword", "config"])
 def test_lengths_count_the_whole_prompt(form: str) -> None:
     tiny = make("llava")
@@ -561,6 +611,18 @@ def test_lengths_count_the_whole_prompt(form: str) -> None:
     inputs = tiny.batch(*BATCH)
     with prune(tiny.model, Norms(), budget=2), pytest.raises(ValueError, match=f"max_length {length - 1} leaves no"):
         tiny.model.generate(**inputs, max_length=length - 1)
+
+
+def test_an_answer_may_not_end_before_its_least_length() -> None:
+    """All tokens but one end an answer, so it ends as soon as it may."""
+    tiny = make("llava")
+    inputs = tiny.batch([3, "I", 9])
+    length, ends = inputs["input_ids"].shape[1], [token for token in range(VOCAB) if token != 8]
+    for least in ({"min_length": length + 3}, {"min_new_tokens": 3}):
+        options = {"do_sample": False, "max_length": length + 9, "eos_token_id": ends, **least}
+        assert tiny.model.generate(**inputs, **options)[0, length:-1].tolist() == [8] * 3
+        with prune(tiny.model, Norms(), budget=2):
+            assert tiny.model.generate(**inputs, **options)[0, length:-1].tolist() == [8] * 3
 
 
 def test_the_ends_of_a_static_cache_follow_the_short_prompt() -> None:
@@ -801,6 +863,18 @@ def test_a_cache_goes_on_with_as_many_copies_of_its_prompts_as_it_has() -> None:
         two.batch_select_indices(torch.tensor([1]))
         with pytest.raises(ValueError, match="filled by 2 prompts and cannot go on with 1"):
             tiny.model(input_ids=questions[:1], past_key_values=two)
+
+
+@pytest.mark.parametrize("name", ["llava", "qwen2_vl"])
+def test_copies_of_several_prompts_go_on_where_each_of_these_stands(name: str) -> None:
+    tiny = make(name)
+    more = torch.tensor([[7, 8, 9], [11, 12, 13], [7, 9, 8], [13, 12, 11]])
+    with prune(tiny.model, Norms(), keep_ratio=0.4):
+        cache = tiny.model(**tiny.batch([3, "I", 9], [1, "I", 2]), use_cache=True).past_key_values
+        once = [tiny.model(input_ids=more[own], past_key_values=deepcopy(cache)).logits for own in ([0, 2], [1, 3])]
+        cache.batch_repeat_interleave(2)
+        found = tiny.model(input_ids=more, past_key_values=cache).logits
+    assert gap(found, torch.stack(once, 1).flatten(0, 1)) < 1e-9
 
 
 def test_a_cache_that_was_cropped_behind_its_picture_goes_on(tiny: Tiny) -> None:

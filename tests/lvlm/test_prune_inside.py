@@ -9,15 +9,17 @@ from contextlib import contextmanager
 from copy import deepcopy
 from itertools import chain
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import Gemma3TextConfig, PreTrainedModel
 
 from lvlm.test_prune import BATCH, FAR, gap, generated, second_turn, state
-from lvlm.tiny import IMAGE, NAMES, Prompt, Tiny, make
+from lvlm.tiny import CONFIGS, IMAGE, NAMES, Prompt, Tiny, make
 from tprl.lvlm.handle import HANDLE, unprune
+from tprl.lvlm.in_model import dropping
 from tprl.lvlm.prune_inside import InsidePruning, prune_inside
 from tprl.selectors.in_model import FastV
 
@@ -290,6 +292,33 @@ def test_what_is_refused() -> None:
         with pytest.raises(ValueError, match="a pruned model needs input_ids"):
             tiny.model.generate(pixel_values=inputs["pixel_values"])
     assert HANDLE not in tiny.model.__dict__
+
+
+def test_the_first_layer_of_each_type_of_attention_sees_every_token() -> None:
+    """The lengths of the masks of all layers of its type are those of its cache."""
+    config = Gemma3TextConfig(**{
+        **CONFIGS["gemma3"]["text_config"].to_dict(), "num_hidden_layers": 4,
+        "layer_types": ["sliding_attention", "full_attention"] * 2,
+    })  # fmt: skip
+    with patch.dict(CONFIGS, gemma3={**CONFIGS["gemma3"], "text_config": config}):
+        model = make("gemma3").model
+    with pytest.raises(ValueError, match="fastv cuts before layer 1; at least 2 layers of this model see all"):
+        prune_inside(model, FastV(1), budget=1)
+    with prune_inside(model, FastV(2), budget=1):
+        assert HANDLE in model.__dict__
+
+
+def test_layers_that_visual_features_enter_see_every_token() -> None:
+    tiny = make("qwen3_vl")
+    inputs = tiny.batch([2, "I", 4])
+    visual = inputs["input_ids"] == IMAGE
+    given = {"visual": visual, "last": torch.tensor([visual.shape[1] - 1]), "budgets": torch.tensor([2])}
+    with dropping(tiny.model.get_decoder(), FastV(2), **given) as held:
+        tiny.model(**inputs)
+    assert held.kept[-1].sum() == 2
+    message = "layer 1 is not allowed: visual features enter this decoder's first 2 layers"
+    with dropping(tiny.model.get_decoder(), FastV(1), **given), pytest.raises(ValueError, match=message):
+        tiny.model(**inputs)
 
 
 def test_at_least_one_token_of_a_prompt_with_a_picture_stays() -> None:

@@ -9,6 +9,7 @@ from torch import Tensor
 from evaluate.world import QUESTIONS, TEXTS, tiny_lvlm
 from tprl.lvlm.model import Lvlm
 from tprl.lvlm.packing import Block, Prefix, make_prefix
+from tprl.lvlm.reader import RowReader
 from tprl.lvlm.score import AnswerScorer
 
 IMAGE, ROWS, COUNT = 60, 6, 16
@@ -85,3 +86,14 @@ def test_prompts_that_begin_differently_share_what_is_alike(
         torch.testing.assert_close(together[[row]], alone)
     torch.testing.assert_close(together[::2], alike[::2])
     assert (together - alike)[1::2].abs().min() > 1e-4
+
+
+@torch.no_grad()
+def test_where_prompts_are_seen_in_both_directions_nothing_is_read_by_itself(
+    lvlm: Lvlm, tokens: Tensor, keep: Tensor, rows: list[list[Block]]
+) -> None:
+    prefix = begun_with(*[BEGUN] * ROWS)
+    for both_ways, skipped in (("nothing", len(BEGUN)), ("pictures", len(BEGUN)), ("prompts", 0)):
+        reader = RowReader(lvlm.model.model.language_model, both_ways)
+        _, inputs = reader.prepare(prefix, tokens[keep], keep, rows)
+        assert reader.after_opening(prefix, inputs)[0] == skipped

@@ -146,11 +146,13 @@ def test_sparsevlm_slowly(seed: int, budgets: list[int]) -> None:
             torch.testing.assert_close(hidden[row, place], merged.get(place, before[row, place]))
 
 
-def test_several_clusters_of_a_large_picture() -> None:
-    """70 of 100 visual tokens go, so that 3 clusters of 22 recycled ones take 3 of the 30 places."""
+@pytest.mark.parametrize("width", [8, 400])
+def test_several_clusters_of_a_large_picture(width: int) -> None:
+    """70 of 100 visual tokens go, so that 3 clusters of 22 recycled ones take 3 of the 30 places. However wide the
+    states are, the distances that density is made of stay of one size."""
     random = torch.Generator().manual_seed(5)
     visual, text = torch.arange(110)[None] < 100, torch.arange(110)[None] >= 100
-    entered, hidden = torch.randn(2, 1, 110, 8, generator=random)
+    entered, hidden = torch.randn(2, 1, 110, width, generator=random)
     weights = torch.rand(1, 110, 110, generator=random)
     view = View(entered, hidden, visual, text, torch.tensor([109]), weights, hidden)
     selection = SparseVLM().select(0, view, torch.tensor([30]))
@@ -160,6 +162,18 @@ def test_several_clusters_of_a_large_picture() -> None:
     assert selection.tokens is not None
     for place, state in merged.items():
         torch.testing.assert_close(selection.tokens[0, place], state)
+
+
+def test_clusters_of_tokens_that_are_all_alike_are_what_these_were() -> None:
+    """Of 3 centres at one place each is in its own cluster, and none is left without a token."""
+    visual, text, weights = torch.arange(110)[None] < 100, torch.arange(110)[None] >= 100, torch.rand(1, 110, 110)
+    hidden = torch.ones(1, 110, 8)
+    selection = SparseVLM().select(
+        0, View(hidden, hidden, visual, text, torch.tensor([109]), weights, hidden), torch.tensor([30])
+    )
+    assert (selection.keep_mask & visual).sum() == 30
+    assert selection.tokens is not None
+    torch.testing.assert_close(selection.tokens, hidden)
 
 
 def test_sparsevlm_by_hand() -> None:

@@ -81,6 +81,19 @@ def test_divprune_by_hand() -> None:
         assert kept(DivPrune().select(visual, torch.tensor([budget])).keep_mask[0]) == expected
 
 
+def test_divprune_starts_with_the_loneliest_though_padding_is_nearer() -> None:
+    """On a circle, all neighbours farther than a right angle, which is what a token of zeros is away from each."""
+    angles = torch.tensor([0.0, 100, 230]).deg2rad()
+    visual = given(torch.stack([angles.cos(), angles.sin()], 1), torch.zeros(2))
+    padded = replace(
+        visual,
+        tokens=torch.nn.functional.pad(visual.tokens, (0, 0, 0, 1)),
+        mask=torch.tensor([[True, True, True, False]]),
+        coords=torch.zeros(1, 4, 2),
+    )
+    assert kept(DivPrune().select(padded, torch.tensor([1])).keep_mask[0]) == [2]
+
+
 def test_divprune_takes_one_of_each_kind_first() -> None:
     kinds = torch.eye(4)[torch.tensor([0, 0, 1, 2, 2, 2, 1, 3, 3, 0])]
     keep = kept(DivPrune().select(given(kinds, torch.zeros(4)), torch.tensor([4])).keep_mask[0])

@@ -2,9 +2,11 @@
 
 from pathlib import Path
 
+import pytest
 import torch
 
 from evaluate.world import World, tiny_lvlm
+from tprl.autoencoder import reconstruction_loss
 from tprl.config import AutoencoderStage, PrunerConfig
 from tprl.lvlm.cache import EncodedSamples
 from tprl.pruner import TokenPruner
@@ -42,3 +44,21 @@ def test_every_step_and_every_seed_sees_other_pictures(tmp_path: Path) -> None:
     assert torch.equal(seen(0, 0), seen(0, 0))
     assert not torch.equal(seen(0, 0), seen(0, 1))
     assert not torch.equal(seen(0, 0), seen(1, 0))
+
+
+def test_an_update_explains_the_normalised_tokens_at_its_own_rate(tmp_path: Path) -> None:
+    lvlm = tiny_lvlm()
+    data = EncodedSamples(lvlm, World(), tmp_path)
+    torch.manual_seed(0)
+    pruner = TokenPruner(PrunerConfig(8, 16, width=lvlm.width, fingerprint=lvlm.fingerprint))
+    settings = AutoencoderStage(steps=40, pictures=3, learning_rate=1e-9, weight_decay=0.3)
+    stage = autoencoder_stage(pruner, data, settings, seed=0)
+    first, again = stage.update(0), stage.update(0)
+    tokens = pruner.normalise(stage.batch["tokens"])
+    loss = reconstruction_loss(pruner.autoencoder(tokens), tokens, torch.ones(tokens.shape[:2], dtype=torch.bool))
+    assert first["unexplained_variance"] == pytest.approx(loss.item(), rel=1e-4)
+    assert again["grad_norm"] == pytest.approx(first["grad_norm"], rel=1e-3)  # of one update alone
+    for step, share in ((0, 1.0), (20, 0.525), (39, 1 - 0.95 * 39 / 40)):
+        stage.update(step)
+        assert stage.optimizer.param_groups[0]["lr"] == pytest.approx(1e-9 * share)
+    assert stage.optimizer.param_groups[0]["weight_decay"] == 0.3

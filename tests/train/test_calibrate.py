@@ -1,7 +1,7 @@
 """The threshold that calibration finds, against trying every one of them."""
 
 import warnings
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, cast
 
 import pytest
@@ -11,7 +11,7 @@ from tprl.config import PrunerConfig
 from tprl.train import calibrate as module
 from tprl.train import pipeline
 from tprl.train.calibrate import MOST_LOOKS, STRIDE, THRESHOLDS, OneShot, calibrate
-from train.puzzle import Puzzle, make_pruner
+from train.puzzle import COUNT, Puzzle, make_pruner
 
 
 @dataclass
@@ -83,3 +83,31 @@ def test_one_shot_is_the_mean_over_all_batches(monkeypatch: pytest.MonkeyPatch) 
     assert len(puzzle) > 2 * 16
     assert (found.kept, found.unpruned) == (3, 1)
     assert found.accuracy == pytest.approx(float(puzzle.accuracy(everyone, visual.tokens, keep).mean()))
+
+
+@pytest.mark.parametrize(("accuracy", "unpruned"), [(0.75, 1.0), (0.9, 0.5)])
+def test_what_costs_just_as_much_as_is_allowed_or_gains_is_allowed(
+    monkeypatch: pytest.MonkeyPatch, accuracy: float, unpruned: float
+) -> None:
+    monkeypatch.setattr(module, "one_shot", lambda *_, threshold: OneShot(accuracy, unpruned, kept=1.0))
+    pruner = Pruner(PrunerConfig(width=8, fingerprint="abc"))
+    calibrate(cast(Any, pruner), cast(Any, None), torch.ones(1), max_drop=25.0)
+    assert pruner.config.threshold == THRESHOLDS[0]
+
+
+def test_one_shot_is_at_the_threshold_given_or_else_at_the_pruners_own() -> None:
+    puzzle, pruner = cast(Any, Puzzle()), make_pruner()
+    unpruned = (torch.arange(len(puzzle)) < 10).float()
+    kept = [module.one_shot(pruner, puzzle, unpruned, threshold=at).kept for at in (0.0, 1.0, None)]
+    own = pruner.select_above(puzzle.visual(range(len(puzzle)))).keep_mask.sum(1).float().mean()
+    assert kept == [COUNT, 1, pytest.approx(float(own))]
+    assert 1 < own < COUNT
+    assert module.one_shot(pruner, puzzle, unpruned).unpruned == 0.25
+
+
+def test_a_look_after_a_stage_is_at_one_half_whatever_threshold_is_set() -> None:
+    puzzle, pruner = cast(Any, Puzzle()), make_pruner()
+    seen = [pipeline._look_at(pruner, puzzle, torch.ones(len(puzzle)))["kept_above_half"]]
+    pruner.config = replace(pruner.config, threshold=1.0)
+    seen.append(pipeline._look_at(pruner, puzzle, torch.ones(len(puzzle)))["kept_above_half"])
+    assert seen[0] == seen[1] > 1

@@ -1,15 +1,19 @@
 """Demonstrations become targets, and targets become a policy."""
 
+import json
+from dataclasses import replace
 from itertools import chain
 from pathlib import Path
-from typing import Any, cast
+from types import SimpleNamespace
+from typing import Any, Literal, cast
 
 import pytest
 import torch
 
 from evaluate.world import World, tiny_lvlm
 from tprl.config import ImitateStage, PpoStage, TrainConfig
-from tprl.demonstrations import MemoScore
+from tprl.data.sample import Sample
+from tprl.demonstrations import Demonstrations, MemoScore, Search
 from tprl.lvlm.cache import EncodedSamples
 from tprl.lvlm.text_attention import text_attention
 from tprl.run import RunFolder
@@ -185,3 +189,102 @@ def test_shards_of_demonstrations_are_one_set(tmp_path: Path, monkeypatch: pytes
         found.append(collect_demonstrations(run, data, TrainConfig(imitate=settings)))
     assert torch.equal(found[0].indices, found[1].indices)
     assert torch.equal(found[0].states, found[1].states)
+
+
+@pytest.mark.parametrize("kind", ["log_likelihood", "correct"])
+def test_what_the_reward_likes_is_kept_as_its_settings_say(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: Literal["log_likelihood", "correct"]
+) -> None:
+    """A return of 0 is not liked; sample 2 is won by the second teacher and sample 4 by the search."""
+    data, asked = EncodedSamples(tiny_lvlm(), World(), tmp_path / "cache"), {}
+    states = torch.rand(5, 3, 16, generator=torch.Generator().manual_seed(0)) < 0.5
+    given = Demonstrations(states, torch.tensor([-1.0, 0.0, 0.1, -0.1, 2.0]), torch.tensor([1, 1, 1, 0, 2]))
+
+    def watched(*passed: Any) -> Demonstrations:
+        _, visual, budgets, unpruned, score, *rest = passed
+        asked.update(budgets=budgets, unpruned=unpruned, whole=score(visual.mask[None])[0], rest=rest)
+        return given
+
+    monkeypatch.setattr(imitate, "demonstrate", watched)
+    settings = ImitateStage(
+        demonstrations=5, teachers=("uniform", "divprune", "search"), margin=0.7, beta=0.4, budgets=(4, 2),
+        search_rounds=5, search_children=3,
+    )  # fmt: skip
+    run = RunFolder(tmp_path / "run", {})
+    config = TrainConfig(imitate=settings, ppo=PpoStage(score=kind, alpha=3.0, beta=9.0, gamma=0.6), seed=8)
+    shown = collect_demonstrations(run, data, config)
+    assert shown.indices.tolist() == [2, 4]
+    assert torch.equal(shown.states, states[[2, 4]])
+    said = json.loads((run.folder / "metrics.jsonl").read_text())
+    wins = {name: said[f"won_by_{name}"] for name in settings.teachers}
+    assert (said["liked"], wins) == (2, {"uniform": 0, "divprune": 1, "search": 1})
+    assert asked["budgets"] == (4, 2)
+    assert asked["rest"] == [3.0, 0.4, 0.6, 0.7, Search(5, 3, 8)]
+    own = data.unpruned.correct.float() if kind == "correct" else data.unpruned.log_prob
+    assert torch.equal(asked["unpruned"], own[:5])
+    torch.testing.assert_close(asked["whole"], own[:5])
+
+
+def test_demonstrations_are_remembered_by_what_they_are_made_with() -> None:
+    samples = [Sample(str(i), str(i), "what ?", ("cat",), "all") for i in range(3)]
+    searching = ImitateStage(teachers=("uniform", "search"))
+
+    def key(settings: ImitateStage, seed: int = 0, template: str = "a", answers: tuple[str, ...] = ("cat",)) -> str:
+        own = [replace(samples[0], answers=answers), *samples[1:]]
+        data = SimpleNamespace(template=template, samples=own)
+        return imitate._key(cast(Any, data), 3, TrainConfig(imitate=settings, seed=seed))
+
+    other = [
+        key(searching, seed=1), key(searching, template="b"), key(searching, answers=("dog",)),
+        key(replace(searching, search_rounds=3)), key(replace(searching, search_children=3)),
+    ]  # fmt: skip
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("tprl.__version__", "0.0.1")
+        other.append(key(searching))
+    assert len({key(searching), *other}) == 7
+    plain = replace(searching, teachers=("uniform",))
+    assert key(plain, seed=1) == key(plain)
+
+
+def test_a_damaged_shard_of_demonstrations_is_made_anew(tmp_path: Path) -> None:
+    data, run = EncodedSamples(tiny_lvlm(), World(), tmp_path / "cache"), RunFolder(tmp_path / "run", {})
+    config = TrainConfig(imitate=ImitateStage(demonstrations=8, teachers=("uniform",), budgets=(8, 4), beta=9.0))
+    before = collect_demonstrations(run, data, config)
+    (path,) = data.folder.glob("demonstrations-*/*.safetensors")
+    path.write_bytes(path.read_bytes()[:-3])
+    after = collect_demonstrations(run, data, config)
+    assert torch.equal(after.indices, before.indices)
+    assert torch.equal(after.states, before.states)
+
+
+def test_a_loss_is_the_mean_over_steps_and_its_gradient_is_limited() -> None:
+    puzzle, pruner = cast(Any, Puzzle()), make_pruner()
+    with torch.no_grad():
+        for weight in pruner.policy.actor.parameters():
+            weight.mul_(20)
+    indices = torch.arange(5)
+    away = (torch.arange(COUNT) - puzzle.place(indices.tolist())[:, None]) % COUNT
+    states = torch.stack([away < size for size in (COUNT, 3, 1)], 1)
+    visual, targets = puzzle.visual(indices.tolist()), survival_targets(states)
+    latents, losses = pruner.encode(visual), []
+    for t in range(2):
+        logits = pruner.look(latents, visual, states[:, t]).logits
+        losses.append(imitation_loss(logits, targets[:, t], states[:, t]).item())
+    stage = imitate_stage(pruner, puzzle, DemonstrationSet(indices, states), TrainConfig())
+    said = stage.update(0)
+    assert said["loss"] == pytest.approx(sum(losses) / 2)
+    assert said["first_step_loss"] == pytest.approx(losses[0])
+    assert abs(losses[0] - losses[1]) > 0.01
+    left = [weight.grad.square().sum() for weight in pruner.policy.parameters() if weight.grad is not None]
+    assert said["grad_norm"] > 2
+    assert torch.stack(left).sum().sqrt() == pytest.approx(1, abs=1e-4)
+
+
+def test_the_rate_rises_and_falls() -> None:
+    """It reaches its height in twenty updates and ends near a twentieth of it."""
+    shown = DemonstrationSet(torch.arange(20), torch.ones(20, 2, COUNT, dtype=torch.bool))
+    config = TrainConfig(imitate=ImitateStage(batch=5, epochs=10, learning_rate=1e-3))
+    stage = imitate_stage(make_pruner(), cast(Any, Puzzle()), shown, config)
+    for step, share in ((0, 0.05), (19, 1 - 0.95 * 19 / 40), (39, 1 - 0.95 * 39 / 40)):
+        stage.update(step)
+        assert stage.optimizer.param_groups[0]["lr"] == pytest.approx(1e-3 * share)

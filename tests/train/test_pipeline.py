@@ -29,6 +29,7 @@ from tprl.pruner import TokenPruner
 from tprl.run import TIMES, RunFolder
 from tprl.train import pipeline
 from tprl.train.autoencoder import NAME as AUTOENCODER
+from tprl.train.calibrate import OneShot
 from tprl.train.ppo import NAME as PPO
 
 SETTINGS = [
@@ -269,3 +270,54 @@ def test_a_training_without_demonstrations(tmp_path: Path, lvlm: Lvlm) -> None:
     pipeline.train(RunFolder(tmp_path / "run", {}), lvlm, (World(2), World(3)), IDLE, cache=tmp_path / "cache")
     assert not (tmp_path / "run" / "stages").exists()
     assert (tmp_path / "run" / "pruner").exists()
+
+
+def test_a_seed_is_a_start_of_its_own(tmp_path: Path, lvlm: Lvlm) -> None:
+    def begun(seed: int) -> TokenPruner:
+        torch.manual_seed(99)
+        run = RunFolder(tmp_path / str(len(list(tmp_path.iterdir()))), {})
+        return pipeline.train(
+            run, lvlm, (World(2), World(3)), replace(IDLE, seed=seed), (PPO,), cache=tmp_path / "cache"
+        )
+
+    first, again, other = (begun(seed).policy.token_in.weight for seed in (1, 1, 2))
+    assert torch.equal(first, again)
+    assert not torch.equal(first, other)
+
+
+def test_the_threshold_may_cost_what_is_asked_for(tmp_path: Path, lvlm: Lvlm, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+
+    def watched(pruner: Any, data: Any, unpruned: Any, max_drop: float) -> OneShot:
+        asked.append(max_drop)
+        return OneShot(1.0, 1.0, 1.0)
+
+    monkeypatch.setattr(pipeline, "calibrate", watched)
+    run = RunFolder(tmp_path / "run", {})
+    pipeline.train(run, lvlm, (World(2), World(3)), replace(IDLE, max_drop=7.5), (PPO,), cache=tmp_path / "cache")
+    assert asked == [7.5]
+
+
+def test_a_teacher_that_the_tower_serves_with_nothing_is_left_out(
+    lvlm: Lvlm, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(pipeline, "tower_signals", lambda model: frozenset())
+    config = TrainConfig(imitate=ImitateStage(teachers=("fastervlm", "uniform", "search")))
+    found = pipeline.without_blind_teachers(lvlm, config)
+    assert found == replace(config, imitate=replace(config.imitate, teachers=("uniform", "search")))
+    assert "does not give what they need: fastervlm\n" in capsys.readouterr().out
+
+
+def test_a_run_that_is_done_is_left_as_it_is(tmp_path: Path, lvlm: Lvlm) -> None:
+    imitate = ImitateStage(demonstrations=4, teachers=("uniform",), beta=9.0, budgets=(8, 4), epochs=1, batch=4)
+    ppo = PpoStage(epochs=1, questions=2, rollouts=2)
+    config = TrainConfig(AutoencoderStage(steps=1, pictures=1), imitate, ppo)
+    left = []
+    for resume in (False, True):
+        run = RunFolder(tmp_path / "run", {}, resume)
+        pipeline.train(run, lvlm, (World(2), World(3)), config, cache=tmp_path / "cache")
+        left.append((metrics(run.folder), (run.folder / "pruner" / "pruner.safetensors").read_bytes()))
+    assert left[0] == left[1]
+    assert [entry["stage"] for entry in left[0][0]] == [
+        "autoencoder", "demonstrations", "imitate", "after-imitate", "ppo", "after-ppo", "calibrated",
+    ]  # fmt: skip

@@ -1,7 +1,7 @@
 """PPO against slow re-statements, and whether it solves a puzzle."""
 
 from dataclasses import replace
-from itertools import pairwise
+from itertools import chain, pairwise
 from typing import Any, Literal, cast
 
 import pytest
@@ -9,7 +9,9 @@ import torch
 
 from tprl import processes
 from tprl.config import PpoStage, TrainConfig
+from tprl.lvlm.score import AnswerScores
 from tprl.rewards import generalised_advantages
+from tprl.train import ppo
 from tprl.train.ppo import Rollouts, advantages, by_question, describe, improve, ppo_loss, ppo_stage, roll_out
 from train.puzzle import COUNT, Puzzle, make_pruner
 
@@ -108,6 +110,8 @@ def test_metrics_of_a_round_by_hand() -> None:
         removed += sum((before - after) / before for before, after in pairwise(counts))
     assert said["score_lost"] == pytest.approx(lost / len(rolled.rows))
     assert said["score_lost"] > 0
+    assert said["score"] == pytest.approx(sum(scores[-1] for scores in trajectory.scores.tolist()) / len(rolled.rows))
+    assert said["reward"] == pytest.approx(sum(map(sum, trajectory.rewards.tolist())) / len(rolled.rows), abs=1e-6)
     assert said["removed"] == pytest.approx(removed / len(rolled.rows))
     assert said["kept_3"] == pytest.approx(sum(counts[-1] for counts in trajectory.counts.tolist()) / len(rolled.rows))
 
@@ -241,3 +245,71 @@ def test_rates_rise_and_fall_each_by_its_own() -> None:
     for step, share in ((0, 0.2), (4, 0.82), (19, 0.145)):
         stage.update(step)
         assert [group["lr"] for group in stage.optimizer.param_groups] == pytest.approx([1e-3 * share, 3e-3 * share])
+
+
+@pytest.mark.parametrize("kind", ["log_likelihood", "correct"])
+def test_rewards_begin_at_each_questions_own_unpruned_score(kind: Literal["log_likelihood", "correct"]) -> None:
+    puzzle, settings = Puzzle(), replace(SETTINGS, score=kind, alpha=3.0, beta=0.2)
+    unpruned = AnswerScores(-torch.arange(40.0) / 40, torch.arange(40) % 3 == 0)
+    puzzle.unpruned = unpruned
+    generator = torch.Generator().manual_seed(0)
+    trajectory = roll_out(make_pruner(), cast(Any, puzzle), INDICES, settings, generator).trajectory
+    whole, lost = (unpruned.correct.float(), 0.0) if kind == "correct" else (unpruned.log_prob, -2.0)
+    for episode, (states, rewards) in enumerate(zip(trajectory.states, trajectory.rewards.tolist(), strict=True)):
+        index = INDICES[episode % len(INDICES)]
+        place = int(puzzle.place([index]))
+        score, count = float(whole[index]), COUNT
+        for state, reward in zip(states[1:], rewards, strict=True):
+            left, after = int(state.sum()), float(kind == "correct") if state[place] else lost
+            assert reward == pytest.approx(3 * (after - score) + 0.2 * (1 - left / count), abs=1e-5)
+            score, count = after, left
+
+
+def test_every_round_and_every_seed_draws_other_actions(monkeypatch: pytest.MonkeyPatch) -> None:
+    drawn = []
+
+    def watched(*given: Any) -> Rollouts:
+        drawn.append(given[-1].initial_seed())
+        return roll_out(*given)
+
+    monkeypatch.setattr(ppo, "roll_out", watched)
+    for seed, step in ((0, 0), (0, 1), (1, 0), (0, 0)):
+        ppo_stage(make_pruner(), cast(Any, Puzzle()), TrainConfig(ppo=SETTINGS, seed=seed)).update(step)
+    assert len(set(drawn)) == 3
+    assert drawn[0] == drawn[-1]
+
+
+def test_a_pass_shows_every_episode_once_with_its_own_advantage(monkeypatch: pytest.MonkeyPatch) -> None:
+    settings = replace(SETTINGS, minibatch=8, update_epochs=2, max_kl=1e9, baseline="critic")
+    pruner, rolled = rollouts(settings)
+    advantage, target = advantages(rolled, settings)
+    seen: list[list[int]] = []
+
+    def watched(pruner: Any, rollouts: Any, chosen: torch.Tensor, *given: Any) -> Any:
+        assert torch.equal(given[0], advantage[chosen])
+        assert torch.equal(given[1], target[chosen])
+        seen.append(chosen.tolist())
+        return ppo_loss(pruner, rollouts, chosen, *given)
+
+    monkeypatch.setattr(ppo, "ppo_loss", watched)
+    optimizer = torch.optim.SGD(pruner.policy.parameters(), lr=1e-9)
+    said = improve(pruner, optimizer, rolled, settings, torch.Generator().manual_seed(0))
+    assert [len(chosen) for chosen in seen] == [8] * 6
+    assert sorted(chain(*seen[:3])) == sorted(chain(*seen[3:])) == list(range(24))
+    assert {frozenset(chosen) for chosen in seen[:3]} != {frozenset(chosen) for chosen in seen[3:]}
+    assert said["explained_variance"] == pytest.approx(float(1 - (target - rolled.values).var() / target.var()))
+
+
+def test_gradients_are_limited_and_those_of_one_update_alone() -> None:
+    """The policy stands still, so that all passes have one gradient, which is longer than 1."""
+    settings, norms = replace(SETTINGS, baseline="critic", value_coeff=100.0), []
+    for passes in (1, 3):
+        pruner, rolled = rollouts(replace(settings, update_epochs=passes))
+        optimizer = torch.optim.SGD(pruner.policy.parameters(), lr=0.0)
+        said = improve(pruner, optimizer, rolled, replace(settings, update_epochs=passes), torch.Generator())
+        assert said["updates"] == passes
+        norms.append(said["grad_norm"])
+        left = [weight.grad.square().sum() for weight in pruner.policy.parameters() if weight.grad is not None]
+        assert torch.stack(left).sum().sqrt() == pytest.approx(1, abs=1e-4)
+    assert norms[0] > 2
+    assert norms[1] == pytest.approx(norms[0], rel=1e-4)

@@ -25,12 +25,11 @@ def question_match(visual: VisualTokens) -> Tensor:
     if visual.query.shape[1] == 0:
         return visual.tokens.new_zeros(*visual.mask.shape, MATCHES, dtype=torch.float32)
     cosines = units(visual.tokens, visual.mask) @ units(visual.query, visual.query_mask).mT
-    words, asked = visual.query_mask[:, None], visual.query_mask.any(1)[:, None, None]
+    words = visual.query_mask[:, None]
     nearest = cosines.masked_fill(~words, -1).amax(2, keepdim=True)
     apart = standard_scores(cosines, visual.mask).masked_fill(~words, -torch.inf)
     best = nn.functional.pad(apart, (0, 1), value=-torch.inf).topk(2, dim=2).values
-    match = torch.cat([standard_scores(nearest, visual.mask), best.masked_fill(best.isinf(), 0)], 2)
-    return match.masked_fill(~(asked & visual.mask[..., None]), 0)
+    return torch.cat([standard_scores(nearest, visual.mask), best.masked_fill(best.isinf(), 0)], 2)
 
 
 def standard_scores(values: Tensor, mask: Tensor) -> Tensor:

@@ -346,18 +346,32 @@ def test_the_headline_run_is_one_evaluation_a_set(files: Path, capsys: pytest.Ca
         benchmark(files / "new", data=f"{files / 'world.jsonl'},world", **options)
 
 
-def test_resume_refuses_all_that_a_cell_was_made_from(tmp_path: Path, pruner: TokenPruner) -> None:
+def test_resume_refuses_all_that_a_cell_was_made_from(
+    tmp_path: Path, pruner: TokenPruner, monkeypatch: pytest.MonkeyPatch
+) -> None:
     lvlm = tiny_lvlm()
 
     def again(pictures: int = 2, threshold: float = 0.4) -> None:
-        methods = make_methods(["tprl"], [], pruner, threshold, True, 0)
-        Benchmark(lvlm, "m", World(pictures), methods, tmp_path / "out", tmp_path / "cache", resume=True).measure()
+        methods, anew = make_methods(["tprl"], [], pruner, threshold, True, 0), Lvlm(lvlm.model, lvlm.processor)
+        Benchmark(anew, "m", World(pictures), methods, tmp_path / "out", tmp_path / "cache", resume=True).measure()
 
     again()
     with pytest.raises(ValueError, match="with samples"):
         again(pictures=3)
     with pytest.raises(ValueError, match=r"with threshold 0\.4 instead of 0\.5"):
         again(threshold=0.5)
+    processor: Any = lvlm.processor
+    spoken = processor.chat_template.replace("+ '] '", "+ '] now '")
+    for holder, name, other in (
+        (processor, "chat_template", spoken),
+        (processor.image_processor, "image_mean", [0.9, 0.1, 0.0]),
+        (lvlm.model.config, "vision_feature_layer", -2),
+    ):
+        with monkeypatch.context() as patch:
+            patch.setattr(holder, name, other)
+            with pytest.raises(ValueError, match=r"with processor \w+ instead of \w+;"):
+                again()
+    again()
     with torch.no_grad():
         lvlm.model.lm_head.weight[5] += 1
     with pytest.raises(ValueError, match="with weights"):

@@ -16,7 +16,7 @@ from tprl.data.sample import samples_digest
 from tprl.evaluate.ablation import Cells, compare, load_cells, measure, save_cells, write_ablation
 from tprl.evaluate.checks import CELLS, check_budgets, check_out
 from tprl.evaluate.provenance import commit, machine
-from tprl.lvlm.cache import EncodedSamples, weights_digest
+from tprl.lvlm.cache import EncodedSamples, processor_digest, weights_digest
 from tprl.pocket.assemble import cache_folder, open_lvlm
 from tprl.train.ablation import FULL, ROWS, check_rows, train_row
 
@@ -84,7 +84,8 @@ def ablate(
         with processes.first_alone():
             encoded = EncodedSamples(lvlm, test, cache)
         made_from = {
-            "weights": weights_digest(lvlm), "dtype": str(lvlm.model.dtype).removeprefix("torch."),
+            "weights": weights_digest(lvlm), "processor": processor_digest(lvlm),
+            "dtype": str(lvlm.model.dtype).removeprefix("torch."),
             "trained_on": [samples_digest(source) for source in sources], "samples": samples_digest(test),
             "budgets": sizes, "settings": asdict(replace(settings, seed=0)),
         }  # fmt: skip

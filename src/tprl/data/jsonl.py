@@ -196,7 +196,6 @@ def read_image(path: Path) -> Image.Image:
     """
     try:
         with Image.open(path) as file:
-            file.load()
             image = ImageOps.exif_transpose(file)
             if image.mode.startswith("I;16"):  # which Pillow would cut off at 255
                 image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))

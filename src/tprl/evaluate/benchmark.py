@@ -25,7 +25,7 @@ from tprl.evaluate.latency import measure_prefills, prompt_inputs
 from tprl.evaluate.methods import QUESTION_BLIND, Method, choice_flops
 from tprl.evaluate.provenance import commit, machine, pruner_digest, write_json
 from tprl.evaluate.rows import per_family, quality
-from tprl.lvlm.cache import EncodedSamples, weights_digest
+from tprl.lvlm.cache import EncodedSamples, processor_digest, weights_digest
 from tprl.lvlm.model import Lvlm
 
 TIMED_PICTURES = 15
@@ -79,6 +79,7 @@ class Benchmark:
         check_reach(lvlm, methods, {self.encoded.visual_tokens(image_id) for image_id in self.encoded.image_ids})
         self._made_from = {
             "weights": weights_digest(lvlm),
+            "processor": processor_digest(lvlm),
             "dtype": str(lvlm.model.dtype).removeprefix("torch."),
             "samples": samples_digest(source),
             "seed": seed,
@@ -126,7 +127,7 @@ class Benchmark:
         """A cell that ``out`` holds.
 
         Raises:
-            ValueError: it was made from another model, other samples, another seed or another pruner.
+            ValueError: it was made from another model, processor, seed or pruner, or from other samples.
         """
         path = self.out / CELLS / f"{label}.json"
         if not path.exists():

@@ -276,3 +276,10 @@ def weights_digest(lvlm: Lvlm) -> str:
             f"{name} {tuple(weight.shape)} {values.sum().item():.9g} {values.abs().sum().item():.9g}".encode()
         )
     return digest.hexdigest()[:16]
+
+
+def processor_digest(lvlm: Lvlm) -> str:
+    """A digest that changes with what a model is shown: the processor's settings, what tokenizer and chat template make
+    of a question and an answer, and how features become visual tokens."""
+    shown = [cast(Any, lvlm.processor).to_json_string(), lvlm.prompts.ids("?", "!"), lvlm.fingerprint]
+    return hashlib.sha256(json.dumps(shown).encode()).hexdigest()[:16]

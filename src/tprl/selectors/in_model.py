@@ -225,7 +225,7 @@ def density_peaks(distance: Tensor, among: Tensor, count: Tensor, neighbours: in
     apart = distance.masked_fill(~among[:, None] | ~among[..., None] | itself, torch.inf)
     nearest = apart.topk(min(neighbours, distance.shape[1]), largest=False).values
     squares = nearest.square().masked_fill(nearest.isinf(), 0).sum(2) / (~nearest.isinf()).sum(2).clamp(min=1)
-    rank = squares.masked_fill(~among, torch.inf).argsort(dim=1, stable=True).argsort(1)
+    rank = squares.argsort(dim=1, stable=True).argsort(1)
     denser = rank[:, None] < rank[..., None]
     farthest = apart.masked_fill(apart.isinf(), 0).amax((1, 2))[:, None]
     delta = torch.minimum(apart.masked_fill(~denser, torch.inf).amin(2), farthest)

@@ -13,7 +13,7 @@ from typing import Any
 from tprl.config import ImitateStage, PpoStage, TrainConfig
 from tprl.data.sample import Source, samples_digest
 from tprl.demonstrations import SEARCH
-from tprl.lvlm.cache import weights_digest
+from tprl.lvlm.cache import processor_digest, weights_digest
 from tprl.lvlm.cut import Positions
 from tprl.lvlm.model import Lvlm
 from tprl.pruner import CONFIG, TokenPruner
@@ -101,7 +101,8 @@ def train_row(
         if not stages:
             part = replace(part, pruner=replace(part.pruner, **row.choice))
         settings = {
-            "model": weights_digest(lvlm), "samples": [samples_digest(source) for source in sources],
+            "model": [weights_digest(lvlm), processor_digest(lvlm)],
+            "samples": [samples_digest(source) for source in sources],
             "settings": asdict(part), "stages": stages, "start": made_from,
         }  # fmt: skip
         made_from = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:16]

@@ -16,6 +16,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from disk import synced_in
 from tprl.checkpoint import (
     DamagedCheckpoint,
     load_checkpoint,
@@ -264,10 +265,7 @@ def test_a_file_whose_maker_failed_or_was_killed_is_made_by_the_next(tmp_path: P
 
 
 def test_bytes_reach_the_disk_before_they_get_their_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    synced: list[str] = []
-    monkeypatch.setattr(
-        "tprl.checkpoint.os.fsync", lambda file: synced.append(Path(f"/proc/self/fd/{file}").resolve().name)
-    )
+    synced = synced_in(tmp_path, monkeypatch)
     save_text(tmp_path / "a.json", "text")
     save_tensors(tmp_path / "a.safetensors", {"weight": torch.ones(1)}, {})
     assert synced == ["a.json.partial", "a.safetensors.partial"]

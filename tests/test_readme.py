@@ -1,24 +1,56 @@
-"""The README says what the results say."""
+"""README and docs say what the results say."""
 
 import importlib.util
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 
 ROOT = Path(__file__).parents[1]
 
 
-def test_the_table_is_that_of_the_committed_results() -> None:
-    spec = importlib.util.spec_from_file_location("readme_table", ROOT / "scripts" / "readme_table.py")
+def script(name: str) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(name, ROOT / "scripts" / f"{name}.py")
     assert spec
     assert spec.loader
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
+    return module
+
+
+def test_the_table_is_that_of_the_committed_results() -> None:
+    module = script("readme_table")
     readme = (ROOT / "README.md").read_text()
     assert module.with_table(readme, ROOT / "results" / "scenes") == readme
     altered = readme.replace("| tprl |", "| tprl+ |", 1)
     assert altered != readme
     assert module.with_table(altered, ROOT / "results" / "scenes") == readme
+
+
+@pytest.mark.parametrize(
+    ("folder", "other", "budget", "told"),
+    [
+        ("scenes-no-novelty", "scenes", 32, "0.2 (-0.3 to 0.7)"),
+        ("scenes-no-novelty", "scenes", 16, "1.6 (0.8 to 2.3)"),
+        ("trained-on-easy-vqa", "trained-on-easy-vqa-no-novelty", 64, "1.40 (0.51 to 2.30)"),
+        ("trained-on-easy-vqa", "trained-on-easy-vqa-no-novelty", 32, "2.15 points (0.98 to 3.38)"),
+    ],
+)
+def test_what_novelty_is_worth_is_told_as_the_cells_of_two_folders_say(
+    folder: str, other: str, budget: int, told: str
+) -> None:
+    cells = [ROOT / "results" / name / "cells" / f"tprl-{budget}.json" for name in (folder, other)]
+    points, _, interval = script("paired_points").paired_points(*cells).partition(" ")
+    places = len(told.partition(" ")[0].partition(".")[2])
+    rounded = [f"{float(figure):.{places}f}" for figure in (points, *interval.strip("()").split(" to "))]
+    assert rounded == [told.split()[0], *told.partition("(")[2].strip(")").split(" to ")]
+    assert told in " ".join((ROOT / "docs" / "results.md").read_text().split())
+
+
+def test_cells_about_other_questions_are_not_paired() -> None:
+    cells = [ROOT / "results" / name / "cells" / "tprl-64.json" for name in ("scenes", "scenes-tiles")]
+    with pytest.raises(ValueError, match="are about other questions"):
+        script("paired_points").paired_points(*cells)
 
 
 @pytest.mark.parametrize("command", ["make quickstart", "make test"])

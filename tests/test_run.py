@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import nn
 
+from disk import synced_in
 from tprl.checkpoint import load_checkpoint
 from tprl.run import TIMES, RunFolder, Stage, fit
 
@@ -194,10 +195,7 @@ def test_ctrl_c_saves_and_leaves_and_then_is_as_before(tmp_path: Path) -> None:
 def test_metrics_reach_the_disk_before_the_checkpoint_behind_them(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    run, synced = RunFolder(tmp_path / "run", {}), []
-    monkeypatch.setattr(
-        "tprl.checkpoint.os.fsync", lambda file: synced.append(Path(f"/proc/self/fd/{file}").resolve().name)
-    )
+    run, synced = RunFolder(tmp_path / "run", {}), synced_in(tmp_path, monkeypatch)
     fit(run, make_stage(1), save_every=2)
     assert synced == ["metrics.jsonl", "toy-000001.safetensors.partial"]
 

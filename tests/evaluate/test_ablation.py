@@ -169,6 +169,13 @@ def test_the_recipe_trains_measures_and_goes_on(world: Path) -> None:
     other = ablate(world, "--rows", "full", "--resume", "--data", shorter)
     assert other.returncode == 2
     assert "other settings" in other.stderr
+    template = world / "model" / "chat_template.jinja"
+    spoken = template.read_text()
+    template.write_text(spoken.replace("+ '] '", "+ '] now '"))
+    other = ablate(world, "--rows", "full", "--resume")
+    template.write_text(spoken)
+    assert other.returncode == 2
+    assert "other settings" in other.stderr
     own = world / "out" / "cells" / "full@0.json"
     own.write_text(own.read_text().replace('"novelty": 2.0', '"novelty": 0.0'))
     other = ablate(world, "--rows", "full", "--resume")

@@ -231,7 +231,8 @@ def test_demonstrations_are_remembered_by_what_they_are_made_with() -> None:
 
     def key(settings: ImitateStage, seed: int = 0, template: str = "a", answers: tuple[str, ...] = ("cat",)) -> str:
         own = [replace(samples[0], answers=answers), *samples[1:]]
-        data = SimpleNamespace(template=template, samples=own)
+        lvlm = SimpleNamespace(prompts=SimpleNamespace(template=template))
+        data = SimpleNamespace(lvlm=lvlm, samples=own)
         return imitate._key(cast(Any, data), 3, TrainConfig(imitate=settings, seed=seed))
 
     other = [

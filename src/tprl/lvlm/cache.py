@@ -76,11 +76,6 @@ class EncodedSamples:
     def __len__(self) -> int:
         return len(self.samples)
 
-    @property
-    def template(self) -> tuple[list[int], list[int]]:
-        """What tokenizer and chat template make of a question and an answer; scores depend on it, tokens do not."""
-        return self.lvlm.prompts.ids("?", "!")
-
     @phase("read")
     def visual(self, indices: Sequence[int]) -> VisualTokens:
         """The padded batch of samples ``indices``: pictures and their questions."""
@@ -254,7 +249,7 @@ class EncodedSamples:
         Args:
             judge: given what ``score`` and ``accuracy`` are given.
         """
-        about = [tprl.__version__, self.template, [asdict(sample) for sample in self.samples]]
+        about = [tprl.__version__, self.lvlm.prompts.template, [asdict(sample) for sample in self.samples]]
         path = self.folder / f"{name}-{hashlib.sha256(json.dumps(about).encode()).hexdigest()[:16]}.safetensors"
         if not processes.agreed(path.exists()):
             judged = torch.zeros(len(self), figures)
@@ -279,7 +274,7 @@ def weights_digest(lvlm: Lvlm) -> str:
 
 
 def processor_digest(lvlm: Lvlm) -> str:
-    """A digest that changes with what a model is shown: the processor's settings, what tokenizer and chat template make
-    of a question and an answer, and how features become visual tokens."""
-    shown = [cast(Any, lvlm.processor).to_json_string(), lvlm.prompts.ids("?", "!"), lvlm.fingerprint]
+    """A digest that changes with what a model is shown: the processor's settings, its chat template, and how features
+    become visual tokens."""
+    shown = [cast(Any, lvlm.processor).to_json_string(), lvlm.prompts.template, lvlm.fingerprint]
     return hashlib.sha256(json.dumps(shown).encode()).hexdigest()[:16]

@@ -30,6 +30,11 @@ class Prompts:
             return self.placeholder + question
         return self._chat([_asked(question)], add_generation_prompt=True)
 
+    @property
+    def template(self) -> tuple[list[int], list[int]]:
+        """What tokenizer and chat template make of a question and an answer; scores depend on it, tokens do not."""
+        return self.ids("?", "!")
+
     def ids(self, question: str, answer: str | None = None, shown: str | None = None) -> tuple[list[int], list[int]]:
         """Token ids of the prompt of one picture and a question about it.
 

@@ -83,7 +83,7 @@ def _key(train: EncodedSamples, count: int, config: TrainConfig) -> str:
     settings, ppo = config.imitate, config.ppo
     drawn = {SEARCH, Random.name} & set(settings.teachers)
     parts = [
-        [tprl.__version__, train.template],
+        [tprl.__version__, train.lvlm.prompts.template],
         [(sample.image_id, sample.question, sample.answers) for sample in train.samples[:count]],
         [settings.teachers, settings.margin, settings.budgets, settings.search_rounds, settings.search_children],
         [ppo.score, ppo.alpha, settings.beta, ppo.gamma],

@@ -53,4 +53,5 @@ class Scenes:
         return render(make_scene(self.split, int(image_id), self.settings))
 
     def version(self, image_id: str) -> str:
-        return ""
+        """The background where it is not the usual one: no question tells of it."""
+        return "" if self.settings.background == STANDARD.background else f" on {self.settings.background}"

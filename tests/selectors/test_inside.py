@@ -166,7 +166,8 @@ def test_several_clusters_of_a_large_picture(width: int) -> None:
 
 def test_clusters_of_tokens_that_are_all_alike_are_what_these_were() -> None:
     """Of 3 centres at one place each is in its own cluster, and none is left without a token."""
-    visual, text, weights = torch.arange(110)[None] < 100, torch.arange(110)[None] >= 100, torch.rand(1, 110, 110)
+    visual, text = torch.arange(110)[None] < 100, torch.arange(110)[None] >= 100
+    weights = torch.rand(1, 110, 110, generator=torch.Generator().manual_seed(0))
     hidden = torch.ones(1, 110, 8)
     selection = SparseVLM().select(
         0, View(hidden, hidden, visual, text, torch.tensor([109]), weights, hidden), torch.tensor([30])

@@ -34,7 +34,7 @@ class PrunerShape:
         use_question: False hides the question from the policy (an ablation).
         use_autoencoder: False lets the policy read the tokens themselves (an ablation).
         novelty: weight in a token's logit of what it shows that no likelier token shows, see ``tprl.novelty``; 0 leaves
-            twins their places.
+            twins their places, and is set at the end of a training if validation samples are answered better so.
     """
 
     latent: int = 64

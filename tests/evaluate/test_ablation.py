@@ -14,11 +14,14 @@ from evaluate.world import World, save_world, tiny_lvlm
 from launcher import BY_TWO
 from lvlm.tiny import make
 from tprl.commands.ablate import ablate as run_ablation
-from tprl.config import ImitateStage, PpoStage, TrainConfig
+from tprl.config import ImitateStage, PpoStage, PrunerConfig, TrainConfig
 from tprl.data.sample import Sample
 from tprl.evaluate.ablation import ablation_table, compare
 from tprl.evaluate.cell import Cell
 from tprl.lvlm.model import Lvlm
+from tprl.pruner import TokenPruner
+from tprl.run import RunFolder
+from tprl.train import ablation
 from tprl.train.ablation import FULL, ROWS, _reward_only, check_rows
 from tprl.train.pipeline import STAGES
 
@@ -93,6 +96,24 @@ def test_imitations_are_shared_by_what_their_demonstrations_depend_on() -> None:
     assert _reward_only(own) == PpoStage(score="correct", alpha=2.0, gamma=0.25)
 
 
+def test_another_choice_is_made_by_what_the_full_method_learns(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[Any] = []
+
+    def train(
+        run: RunFolder, lvlm: Lvlm, sources: Any, config: TrainConfig, *more: Any, calibrated: bool
+    ) -> TokenPruner:
+        stages, start, _ = more
+        asked.append((stages, config.pruner.novelty, start and start.config.novelty, calibrated))
+        return TokenPruner(PrunerConfig(width=lvlm.width, fingerprint=lvlm.fingerprint, novelty=7.0))
+
+    monkeypatch.setattr(ablation, "train", train)
+    lvlm, sources = tiny_lvlm(), (World(2), World(3))
+    for name in ("full", "no-novelty"):
+        ablation.train_row(ROWS[name], tmp_path / name, lvlm, sources, TrainConfig(), tmp_path)
+    parts = [(STAGES[:-1], 2.0, None, False), (STAGES[-1:], 2.0, 2.0, True), (STAGES[-1:], 2.0, 2.0, False)]
+    assert asked == [*parts[:2], parts[0], parts[2], ((), 0.0, 0.0, True)]
+
+
 @pytest.fixture(scope="module")
 def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("world")
@@ -145,9 +166,9 @@ def test_the_recipe_trains_measures_and_goes_on(world: Path) -> None:
     full_run = out / "trainings" / runs[unnovel.name]["start"]
     weights = [(run / "pruner" / "pruner.safetensors").read_bytes() for run in (unnovel, full_run)]
     assert weights[0] == weights[1]
-    novelty = [json.loads((run / "pruner" / "pruner.json").read_text())["novelty"] for run in (unnovel, full_run)]
-    assert novelty == [0.0, 2.0]
-    assert [part["scores"] for part in full] != [part["scores"] for part in cells["no-novelty"]]
+    novelty = [TokenPruner.from_pretrained(run / "pruner").config.novelty for run in (unnovel, full_run)]
+    told = json.loads((full_run / "metrics.jsonl").read_text().splitlines()[-1])
+    assert novelty == [0.0, told["novelty"]]
     before = {path: path.stat().st_mtime_ns for path in out.rglob("*.safetensors")}
     again = ablate(world, "--rows", "full,demonstrations-only", "--seeds", "0,3", "--resume")
     assert again.returncode == 0, again.stderr

@@ -10,7 +10,7 @@ import torch
 from tprl.config import PrunerConfig
 from tprl.train import calibrate as module
 from tprl.train import pipeline
-from tprl.train.calibrate import MOST_LOOKS, STRIDE, THRESHOLDS, OneShot, calibrate
+from tprl.train.calibrate import MOST_LOOKS, STRIDE, THRESHOLDS, OneShot, calibrate, choose_novelty
 from train.puzzle import COUNT, Puzzle, make_pruner
 
 
@@ -51,6 +51,39 @@ def test_a_threshold_that_loses_more_than_is_allowed_is_said(monkeypatch: pytest
         result = calibrate(cast(Any, pruner), cast(Any, None), torch.ones(7), max_drop=1.5)
     assert [warning.filename for warning in said] == [__file__]
     assert (pruner.config.threshold, result.kept) == (THRESHOLDS[-1], 1.0)
+
+
+@pytest.mark.parametrize(
+    ("with_it", "without", "chosen"),
+    [
+        ({64: 0.75, 16: 0.5}, {64: 0.5, 16: 0.625}, 3.0),
+        ({64: 0.75, 16: 0.5}, {64: 0.625, 16: 0.75}, 0.0),
+        ({64: 0.75, 16: 0.5}, {64: 0.5, 16: 0.75}, 3.0),
+    ],
+    ids=["better with it", "better without it", "level"],
+)
+def test_novelty_stays_unless_the_first_samples_are_answered_better_without_it(
+    monkeypatch: pytest.MonkeyPatch, with_it: dict[int, float], without: dict[int, float], chosen: float
+) -> None:
+    asked, unpruned = [], torch.ones(9)
+
+    def one_shot(own: Any, data: Any, given: torch.Tensor, budget: int, most: int) -> OneShot:
+        assert (own, data, given, most) == (pruner, "data", unpruned, 7)
+        asked.append((own.config.novelty, budget))
+        return OneShot((with_it if own.config.novelty else without)[budget], 1.0, kept=1.0)
+
+    monkeypatch.setattr(module, "one_shot", one_shot)
+    pruner = Pruner(PrunerConfig(width=8, fingerprint="abc", novelty=3.0))
+    choose_novelty(cast(Any, pruner), cast(Any, "data"), unpruned, (64, 16), 7)
+    assert sorted(asked) == [(0.0, 16), (0.0, 64), (3.0, 16), (3.0, 64)]
+    assert pruner.config == PrunerConfig(width=8, fingerprint="abc", novelty=chosen)
+
+
+def test_a_pruner_without_novelty_is_not_asked_whether_it_needs_any(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "one_shot", None)
+    pruner = Pruner(PrunerConfig(width=8, fingerprint="abc", novelty=0.0))
+    choose_novelty(cast(Any, pruner), cast(Any, None), torch.ones(1), (64,), 1)
+    assert pruner.config.novelty == 0
 
 
 def test_thresholds_fall_and_span_the_probabilities() -> None:

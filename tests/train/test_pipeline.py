@@ -298,6 +298,28 @@ def test_the_threshold_may_cost_what_is_asked_for(tmp_path: Path, lvlm: Lvlm, mo
     assert asked == [7.5]
 
 
+def test_the_threshold_is_that_of_the_novelty_which_is_chosen_on_the_first_held_out_samples(
+    tmp_path: Path, lvlm: Lvlm, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[Any] = []
+
+    def choose(pruner: TokenPruner, data: EncodedSamples, unpruned: torch.Tensor, *more: Any) -> None:
+        asked.append((data.source, len(unpruned), *more))
+        pruner.config = replace(pruner.config, novelty=0.0)
+
+    def watched(pruner: TokenPruner, *_: Any) -> OneShot:
+        asked.append(pruner.config.novelty)
+        return OneShot(1.0, 1.0, 1.0)
+
+    monkeypatch.setattr(pipeline, "choose_novelty", choose)
+    monkeypatch.setattr(pipeline, "calibrate", watched)
+    run, sources = RunFolder(tmp_path / "run", {}), (World(2), World(3))
+    config = replace(IDLE, imitate=ImitateStage(demonstrations=0, budgets=(9, 4)))
+    pipeline.train(run, lvlm, sources, config, (PPO,), cache=tmp_path / "cache")
+    assert asked == [(sources[1], len(sources[1].samples), (9, 4), pipeline.LOOKED_AT), 0.0]
+    assert TokenPruner.from_pretrained(run.folder / "pruner").config.novelty == metrics(run.folder)[-1]["novelty"] == 0
+
+
 def test_a_teacher_that_the_tower_serves_with_nothing_is_left_out(
     lvlm: Lvlm, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

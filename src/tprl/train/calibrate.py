@@ -1,8 +1,11 @@
-"""One look at held-out samples: how accurate and how short the pruned input is, and which threshold is worth it."""
+"""One look at held-out samples: how accurate and how short the pruned input is, whether novelty helps, and which
+threshold is worth it."""
 
 import math
 import warnings
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from itertools import product
 
 import torch
 from torch import Tensor
@@ -62,6 +65,20 @@ def one_shot(
         kept += int(keep.sum())
     accuracy, kept = processes.total(torch.tensor([accuracy, kept], dtype=torch.float64)).tolist()
     return OneShot(accuracy / len(unpruned), float(unpruned.mean()), kept / len(unpruned))
+
+
+def choose_novelty(
+    pruner: TokenPruner, data: EncodedSamples, unpruned: Tensor, budgets: Sequence[int], most: int
+) -> None:
+    """Set the pruner's novelty to 0 if the first ``most`` samples of ``data`` are answered better so, in the mean over
+    ``budgets``; ``unpruned`` as for ``one_shot``."""
+    if not pruner.config.novelty:
+        return
+    accuracy = dict.fromkeys((pruner.config.novelty, 0.0), 0.0)
+    for weight, budget in track(list(product(accuracy, budgets)), "with and without novelty"):
+        pruner.config = replace(pruner.config, novelty=weight)
+        accuracy[weight] += one_shot(pruner, data, unpruned, budget, most=most).accuracy
+    pruner.config = replace(pruner.config, novelty=max(accuracy, key=lambda weight: accuracy[weight]))
 
 
 def calibrate(pruner: TokenPruner, data: EncodedSamples, unpruned: Tensor, max_drop: float) -> OneShot:

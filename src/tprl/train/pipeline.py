@@ -18,7 +18,7 @@ from tprl.pruner import TokenPruner
 from tprl.run import RunFolder, Stage, fit
 from tprl.train import autoencoder, imitate, ppo
 from tprl.train.autoencoder import autoencoder_stage
-from tprl.train.calibrate import calibrate, one_shot
+from tprl.train.calibrate import calibrate, choose_novelty, one_shot
 from tprl.train.imitate import collect_demonstrations, heuristics, imitate_stage
 from tprl.train.ppo import ppo_stage
 
@@ -27,7 +27,7 @@ WATCHED_BUDGETS = (64, 32)
 WATCHED_EVERY, WATCHED_SAMPLES = 5, 64
 """Rounds of PPO between two looks at validation samples, and how many of them."""
 LOOKED_AT = 800
-"""Validation samples that are looked at after a stage; the threshold is found on all of them."""
+"""Validation samples that are looked at after a stage and by which novelty is chosen; the threshold is found on all."""
 
 
 def train(
@@ -96,11 +96,12 @@ def train(
         if name != autoencoder.NAME and not run.logged(f"after-{name}"):
             run.log(f"after-{name}", 0, _look_at(pruner, held_out, unpruned))
     if calibrated:
+        choose_novelty(pruner, held_out, unpruned, config.imitate.budgets, LOOKED_AT)
         result = calibrate(pruner, held_out, unpruned, config.max_drop)
         _save(pruner, run.folder / "pruner")
         if not run.logged("calibrated"):
-            figures = {"threshold": pruner.config.threshold, "kept": result.kept, "drop_points": result.drop_points}
-            run.log("calibrated", 0, figures)
+            chosen = {"novelty": pruner.config.novelty, "threshold": pruner.config.threshold}
+            run.log("calibrated", 0, {**chosen, "kept": result.kept, "drop_points": result.drop_points})
     processes.meet()  # all of them will find there what the first one saved
     return pruner
 

@@ -108,7 +108,7 @@ class KeepDistribution:
         self.probs = self.log_keep.exp() * mask
         # log(1 - discount * sigmoid(x)), exact where sigmoid(x) rounds to 1
         self.log_drop = torch.logaddexp(
-            -nn.functional.softplus(logits), torch.log1p(-discount).clamp(min=-1e9) + nn.functional.logsigmoid(logits)
+            -nn.functional.softplus(logits), torch.log1p(-discount) + nn.functional.logsigmoid(logits)
         )
 
     def sample(self, generator: torch.Generator) -> Tensor:

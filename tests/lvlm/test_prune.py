@@ -34,7 +34,7 @@ from transformers import (
     StoppingCriteriaList,
 )
 
-from lvlm.tiny import IMAGE, NAMES, PAD, VOCAB, Prompt, Tiny, make
+from lvlm.tiny import IMAGE, NAMES, PAD, VOCAB, Prompt, Tiny, make, state
 from tprl.lvlm import prune as pruning_module
 from tprl.lvlm.handle import HANDLE, unprune
 from tprl.lvlm.prune import Pruning, prune
@@ -450,20 +450,6 @@ def test_gradients_reach_the_tower_through_kept_tokens_only(tiny: Tiny) -> None:
         tiny.model(**{**inputs, "pixel_values": pixels}).logits.square().sum().backward()
     assert pixels.grad is None or not pixels.grad.any()
     tiny.model.zero_grad(set_to_none=True)
-
-
-def state(model: PreTrainedModel) -> dict[str, Any]:
-    """Every attribute of every module of a model and of its configurations, by identity where that is what counts."""
-    attributes: dict[str, Any] = {}
-    for path, module in model.named_modules():
-        for name, value in module.__dict__.items():
-            if name in ("_forward_hooks", "_forward_pre_hooks", "_forward_hooks_with_kwargs"):
-                value = list(value.items())
-            attributes[f"{path}.{name}"] = value if not isinstance(value, dict) else dict(value)
-        if isinstance(module, PreTrainedModel):
-            attributes[f"{path}.config"] = deepcopy(module.config.__dict__)
-    attributes["generation_config"] = model.generation_config.to_dict()
-    return attributes
 
 
 def test_unpruning_leaves_the_model_as_it_was(tiny: Tiny) -> None:

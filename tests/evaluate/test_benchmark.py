@@ -7,15 +7,19 @@ from typing import Any
 
 import pytest
 import torch
+from PIL import Image
 
 from evaluate.world import LAYERS, World, save_world, tiny_lvlm
 from launcher import BY_TWO
+from lvlm.processors import processor_of
+from lvlm.tiny import make
 from ragged import visual_tokens
 from tprl.commands.benchmark import benchmark
 from tprl.commands.evaluate import evaluate
 from tprl.config import PrunerConfig
 from tprl.data.jsonl import Jsonl
 from tprl.data.sample import DataError, Source
+from tprl.evaluate import benchmark as module
 from tprl.evaluate.benchmark import Benchmark
 from tprl.evaluate.flops import lvlm_flops, module_flops
 from tprl.evaluate.latency import prompt_inputs, pruned_model
@@ -206,6 +210,34 @@ def test_flops_and_cache_include_the_pruner(lvlm: Lvlm, pruner: TokenPruner, res
             assert row["flops"] == language
         per_token = LAYERS * 2 * 8 * 4 / 2**20  # keys and values of one head of width 8, float32
         assert row["kv_cache_mib"] == pytest.approx((row["kept_mean"] + text) * per_token)
+
+
+@pytest.mark.parametrize(("sides", "repeats"), [([16] * 8 + [32], 1), ([16] * 10 + [32] * 10, 4)], ids=["few", "many"])
+def test_flops_of_the_tower_are_the_mean_over_pictures_of_all_sizes(
+    sides: list[int], repeats: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A picture of 16 pixels has 4 visual tokens, one of 32 has 16; of more than 10 pictures 10 are counted."""
+    monkeypatch.setattr(module, "COUNTED_PICTURES", 10)
+    lvlm = Lvlm(make("qwen2_5_vl", torch.float32).model, processor_of("qwen2_5_vl"))
+    config, lines = lvlm.model.config, []
+    for number, side in enumerate(sides):
+        Image.new("RGB", (side, side), (number, 0, 0)).save(tmp_path / f"{number}.png")
+        question = "what is it ?" + " it" * (number == len(sides) - 1)
+        lines += [json.dumps({"image": f"{number}.png", "question": question, "answer": "cat"}) + "\n"] * repeats
+    (tmp_path / "questions.jsonl").write_text("".join(lines))
+    rows = make_methods(["uniform"], [2], None, None, False, seed=0)
+    source = Jsonl(tmp_path / "questions.jsonl", "test")
+    run = Benchmark(lvlm, "tiny", source, rows, tmp_path / "out", tmp_path / "cache")
+    run.measure()
+    (row,) = run.results()["rows"]
+
+    towers = [lvlm_flops(config, 0, 1, encoded_tokens=side**2 // 64) for side in sides]
+    tower = sum(part.vision + part.projector for part in towers) / len(towers)
+    text = round(sum(run.encoded.text_tokens(i) for i in range(len(source.samples))) / len(source.samples))
+    total = round(sum(side**2 // 64 for side in sides) / len(sides))
+    assert row["flops_unpruned"] == pytest.approx(tower + lvlm_flops(config, total, text, None, 1, 4).language, abs=1)
+    chosen = run.cells["uniform-2"].selector_flops
+    assert row["flops"] - chosen == pytest.approx(tower + lvlm_flops(config, 2, text, None, 1, 4).language, abs=1)
 
 
 @pytest.mark.parametrize("name", SELECTORS)

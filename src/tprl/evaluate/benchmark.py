@@ -20,7 +20,7 @@ from tprl import processes
 from tprl.data.sample import Source, samples_digest
 from tprl.evaluate.cell import Cell, score_pictures, score_questions
 from tprl.evaluate.checks import CELLS, check_budgets, check_out, check_reach
-from tprl.evaluate.flops import encoded_tokens, kv_cache_mib, lvlm_flops
+from tprl.evaluate.flops import encoded_tokens, kv_cache_mib, language_flops, lvlm_flops
 from tprl.evaluate.latency import measure_prefills, prompt_inputs
 from tprl.evaluate.methods import QUESTION_BLIND, Method, choice_flops
 from tprl.evaluate.provenance import commit, machine, pruner_digest, write_json
@@ -28,7 +28,8 @@ from tprl.evaluate.rows import per_family, quality
 from tprl.lvlm.cache import EncodedSamples, processor_digest, weights_digest
 from tprl.lvlm.model import Lvlm
 
-TIMED_PICTURES = 15
+TIMED_PICTURES, COUNTED_PICTURES = 15, 32
+"""Pictures whose prefill is timed, and those for which the work of the vision tower is counted."""
 RESULTS = "results.json"
 
 
@@ -176,15 +177,29 @@ class Benchmark:
 
     @cached_property
     def _typical(self) -> int:
-        """The sample whose prompt has the median length."""
-        lengths = [self.encoded.block(i).answer_start for i in range(len(self.encoded))]
+        """The sample whose prompt, picture included, has the median length."""
+        lengths = [self._visual_tokens[i] + self.encoded.text_tokens(i) for i in range(len(self.encoded))]
         return sorted(range(len(lengths)), key=lambda i: lengths[i])[len(lengths) // 2]
 
     @cached_property
-    def _encoded_tokens(self) -> int:
-        """What the vision tower makes of the typical sample's picture."""
-        sample = self.source.samples[self._typical]
-        return encoded_tokens(self.lvlm.model.config, prompt_inputs(self.lvlm, self.source, sample))
+    def _visual_tokens(self) -> list[int]:
+        """Of every sample's picture."""
+        return [self.encoded.visual_tokens(sample.image_id) for sample in self.source.samples]
+
+    @cached_property
+    def _tower_flops(self) -> int:
+        """FLOPs of vision tower and projector, the mean over the samples' pictures; of ``COUNTED_PICTURES`` evenly
+        spaced from the smallest to the greatest, if there are more."""
+        config, ranked = self.lvlm.model.config, sorted(range(len(self.encoded)), key=lambda i: self._visual_tokens[i])
+        count = min(len(ranked), COUNTED_PICTURES)
+        chosen = [ranked[(2 * place + 1) * len(ranked) // (2 * count)] for place in range(count)]
+        flops = {}
+        for i in chosen:
+            if (size := self._visual_tokens[i]) not in flops:
+                inputs = prompt_inputs(self.lvlm, self.source, self.source.samples[i])
+                parts = lvlm_flops(config, 0, 1, encoded_tokens=encoded_tokens(config, inputs))
+                flops[size] = parts.vision + parts.projector
+        return round(fmean(flops[self._visual_tokens[i]] for i in chosen))
 
     # --- results ---------------------------------------------------------------------------------------------
 
@@ -194,11 +209,9 @@ class Benchmark:
         text = fmean(self.encoded.text_tokens(i) for i in range(len(self.encoded)))
         total = round(fmean(cells["unpruned"].kept))
         counts = method.layer_counts(config.get_text_config().num_hidden_layers, total)
-        encoded = self._encoded_tokens
-        whole = lvlm_flops(config, total, round(text), encoded_tokens=encoded).total
+        whole = self._tower_flops + language_flops(config, total, round(text))
         entering = total if counts else round(kept)
-        pruned = lvlm_flops(config, entering, round(text), counts, encoded_tokens=encoded)
-        flops = pruned.total + cell.selector_flops
+        flops = self._tower_flops + language_flops(config, entering, round(text), counts) + cell.selector_flops
         return {
             **quality(method, cells, self.source.samples, self.seed),
             "flops": flops,

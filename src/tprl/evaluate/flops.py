@@ -68,19 +68,29 @@ def lvlm_flops(
         ValueError: unknown family, a count out of range, ``layer_counts`` of another length than the decoder, or
             ``encoded_tokens`` that whole pictures do not give.
     """
+    language = language_flops(config, visual_tokens, text_tokens, layer_counts, generated_tokens)
+    tower = _tower(_key(config), *_pictures(config, encoded_tokens))
+    return Flops(tower.vision, tower.projector, language)
+
+
+def language_flops(
+    config: PreTrainedConfig,
+    visual_tokens: int,
+    text_tokens: int,
+    layer_counts: Sequence[int] | None = None,
+    generated_tokens: int = 1,
+) -> int:
+    """The language model's part of ``lvlm_flops``, whose arguments and errors these are."""
     if visual_tokens < 0 or text_tokens < 1 or generated_tokens < 1:
         raise ValueError(
             "need visual_tokens >= 0, text_tokens >= 1 and generated_tokens >= 1, "
             f"got {visual_tokens}, {text_tokens} and {generated_tokens}"
         )
-    key = _key(config)
-    costs = _language(key)
+    costs = _language(_key(config))
     counts = [visual_tokens] * len(costs.linear) if layer_counts is None else list(layer_counts)
     if len(counts) != len(costs.linear) or min(counts) < 0:
         raise ValueError(f"layer_counts has to give {len(costs.linear)} counts of at least 0, got {counts}")
-    tower = _tower(key, *_pictures(config, encoded_tokens))
-    language = costs.flops([count + text_tokens for count in counts], generated_tokens)
-    return Flops(tower.vision, tower.projector, language)
+    return costs.flops([count + text_tokens for count in counts], generated_tokens)
 
 
 def text_tokens_at(
@@ -315,10 +325,13 @@ def _tower_inputs(config: PreTrainedConfig, grid: tuple[int, int] | None) -> tup
     if vision.model_type == "pixtral":
         cell = vision.patch_size * (config.spatial_merge_size if config.model_type == "mistral3" else 1)
         height, width = rows * cell, columns * cell
-        return {"pixel_values": torch.ones(1, 3, height, width), "image_sizes": torch.tensor([[height, width]])}, 1
+        return {
+            "pixel_values": torch.ones(()).expand(1, 3, height, width),
+            "image_sizes": torch.tensor([[height, width]]),
+        }, 1
     rows, columns = rows * vision.spatial_merge_size, columns * vision.spatial_merge_size
     patch = 3 * vision.temporal_patch_size * vision.patch_size**2
     return {
-        "pixel_values": torch.ones(rows * columns, patch),
+        "pixel_values": torch.ones(()).expand(rows * columns, patch),
         "image_grid_thw": torch.tensor([[1, rows, columns]]),
     }, 1

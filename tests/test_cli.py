@@ -86,8 +86,10 @@ def test_an_answer_with_a_picture_of_what_was_kept(picture: Path, tmp_path: Path
 
 
 def test_a_peer_answers_too(picture: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    answer(picture, "Is there a dog in the picture?", method="divprune", budget=64, picture=tmp_path / "kept.png")
-    assert "\u2502 576 \u2502 64 " in " ".join(capsys.readouterr().out.split())
+    answer(picture, "Is there a dog [/b] in it?", method="divprune", budget=64, picture=tmp_path / "kept.png")
+    said = " ".join(capsys.readouterr().out.split())
+    assert "\u2502 576 \u2502 64 " in said
+    assert "Is there a dog [/b] in it?" in said
     assert (tmp_path / "kept.png").stat().st_size > 10_000
 
 
@@ -117,6 +119,7 @@ def test_methods_and_budgets_that_are_not_known(tmp_path: Path) -> None:
     refused(tprl("evaluate", out, "--budgets", "64,0"), "0")
     refused(tprl("evaluate", out, "--data", "nothing"), "nothing", "scenes")
     refused(tprl("evaluate", out, "--seed", -1), "-1", "from 0 on")
+    refused(tprl("evaluate", out, "--seed", 2**63), str(2**63), "from 0 on")
     refused(tprl("evaluate", out, "--gallery", -3), "-3", "from 0 on")
     refused(tprl("benchmark", out, "--data", "scenes,nothing"), "nothing", "scenes")
     assert not out.exists()

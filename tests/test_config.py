@@ -30,7 +30,12 @@ from tprl.config import AutoencoderStage, ImitateStage, PpoStage, PrunerShape, T
         (PrunerShape, {"novelty": -1.0}, "novelty has to be at least 0, got -1.0"),
         (PrunerShape, {"policy_heads": 5}, "policy_hidden has to be a multiple of policy_heads, got 96 and 5"),
         (TrainConfig, {"save_every": 0}, "save_every has to be at least 1, got 0"),
-        (TrainConfig, {"seed": -1}, "seed has to be at least 0, got -1"),
+        (TrainConfig, {"seed": -1}, r"seed has to lie in \[0, 9223372036854775807\], got -1"),
+        (
+            PpoStage,
+            {"questions": 1, "rollouts": 1, "baseline": "critic"},
+            "questions times rollouts has to be at least 2",
+        ),
     ],
 )
 def test_what_is_refused(stage: Any, settings: dict[str, Any], message: str) -> None:

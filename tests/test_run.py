@@ -3,6 +3,8 @@
 import json
 import os
 import signal
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -29,6 +31,7 @@ def make_stage(steps: int = STEPS, stop_at: int | None = None, poison_at: int | 
             os.kill(os.getpid(), signal.SIGTERM)
         generator = torch.Generator().manual_seed(step)
         rows = batch["rows"] = torch.randn(5, 3, generator=generator)
+        batch["first"] = rows[:1]
         loss = (module(rows) - rows[:, :2]).pow(2).mean()
         optimizer.zero_grad()
         loss.backward()
@@ -107,7 +110,7 @@ def test_values_that_are_not_finite_stop_the_run_and_are_saved(tmp_path: Path) -
     assert len(metrics(tmp_path / "run")) == 3
     tensors, meta = load_checkpoint(tmp_path / "run" / "not-finite-toy-000004.safetensors")
     assert meta["not_finite"] == ["loss"]
-    assert tensors.keys() == {"module.weight", "module.bias", "batch.rows"}
+    assert tensors.keys() == {"module.weight", "module.bias", "batch.rows", "batch.first"}
     assert torch.equal(tensors["batch.rows"], torch.randn(5, 3, generator=torch.Generator().manual_seed(3)))
 
 
@@ -128,12 +131,32 @@ def test_a_folder_is_not_reused_by_accident(tmp_path: Path) -> None:
     (tmp_path / "run" / "mine.txt").write_text("mine")
     (tmp_path / "run" / "pruner").mkdir()
     RunFolder(tmp_path / "run", {"seed": 2}, overwrite=True)
-    assert sorted(path.name for path in (tmp_path / "run").iterdir()) == ["checkpoints", "config.json", "mine.txt"]
+    assert sorted(path.name for path in (tmp_path / "run").iterdir()) == [
+        "checkpoints",
+        "config.json",
+        "lock",
+        "mine.txt",
+    ]
     assert json.loads((tmp_path / "run" / "config.json").read_text()) == {"seed": 2}
     (tmp_path / "other" / "cache").mkdir(parents=True)
     with pytest.raises(ValueError, match="other holds no run, so --overwrite leaves it alone"):
         RunFolder(tmp_path / "other", {"seed": 2}, overwrite=True)
     assert [path.name for path in (tmp_path / "other").iterdir()] == ["cache"]
+
+
+def test_a_run_that_goes_on_elsewhere_is_left_alone(tmp_path: Path) -> None:
+    held = "import sys, pathlib, tprl.run; run = tprl.run.RunFolder(pathlib.Path(sys.argv[1]), {}); print(1); input()"
+    command = [sys.executable, "-c", held, str(tmp_path / "run")]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as other:
+        assert other.stdout is not None
+        assert other.stdout.readline() == "1\n"
+        before = {path.name for path in (tmp_path / "run").iterdir()}
+        for how in ({"resume": True}, {"overwrite": True}):
+            with pytest.raises(ValueError, match=r"another process is at work in .*run"):
+                RunFolder(tmp_path / "run", {}, **how)
+        assert {path.name for path in (tmp_path / "run").iterdir()} == before
+        other.kill()
+    RunFolder(tmp_path / "run", {}, resume=True)
 
 
 def test_metrics_go_to_tensorboard_if_asked(tmp_path: Path) -> None:
@@ -174,7 +197,7 @@ def test_nothing_of_an_overwritten_run_is_left(tmp_path: Path) -> None:
         (run / name / "more").mkdir(parents=True)
     assert {path.name for path in run.iterdir()} >= {"metrics.jsonl", "not-finite-toy-000004.safetensors"}
     RunFolder(run, {}, overwrite=True)
-    assert sorted(path.name for path in run.iterdir()) == ["checkpoints", "config.json"]
+    assert sorted(path.name for path in run.iterdir()) == ["checkpoints", "config.json", "lock"]
     assert not list((run / "checkpoints").iterdir())
 
 

@@ -194,6 +194,8 @@ class PpoStage:
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name} has to be one of {', '.join(allowed)}, got {getattr(self, name)!r}")
         _at_least(2 if self.baseline == "group" else 1, self, ["rollouts"])
+        if self.questions * self.rollouts < 2:
+            raise ValueError("questions times rollouts has to be at least 2, since advantages are normalised, got 1")
 
 
 @dataclass(frozen=True)
@@ -220,5 +222,6 @@ class TrainConfig:
     save_every: int = 20
 
     def __post_init__(self) -> None:
-        _at_least(0, self, ["seed", "max_drop"])
+        _at_least(0, self, ["max_drop"])
+        _at_least(0, self, ["seed"], most=2**63 - 1)
         _at_least(1, self, ["samples", "validation", "save_every"])

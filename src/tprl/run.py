@@ -6,6 +6,7 @@
     RUN/checkpoints/       the newest two of every stage
     RUN/stages/            the pruner after every stage
     RUN/pruner/            the result
+    RUN/lock               held while a process trains there
 
 A stage's update is a function of the step's number and of what the checkpoint holds, so a resumed run ends exactly as
 one that was never interrupted. Of several processes only the first writes.
@@ -24,6 +25,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from filelock import FileLock, Timeout
 from rich.console import Console
 from torch import Tensor, nn
 
@@ -58,7 +60,7 @@ class RunFolder:
 
     Raises:
         ValueError: the folder exists and neither ``resume`` nor ``overwrite`` is given, both are, or the run there has
-            other settings; TensorBoard is not installed.
+            other settings or goes on in another process; TensorBoard is not installed.
     """
 
     def __init__(
@@ -83,10 +85,13 @@ class RunFolder:
         if folder.exists() and any(folder.iterdir()):
             if overwrite and not (folder / "config.json").is_file():
                 raise ValueError(f"{folder} holds no run, so --overwrite leaves it alone; give another folder")
+            if not (resume or overwrite):
+                raise ValueError(f"the run directory {folder} exists; --resume goes on with it, --overwrite deletes it")
+        if processes.is_first():
+            folder.mkdir(parents=True, exist_ok=True)
+            self._lock = _locked(folder)
             if overwrite:
                 _delete(folder)
-            elif not resume:
-                raise ValueError(f"the run directory {folder} exists; --resume goes on with it, --overwrite deletes it")
         config = json.loads(json.dumps(config))
         if (folder / "config.json").exists():
             found = json.loads((folder / "config.json").read_text())
@@ -94,7 +99,7 @@ class RunFolder:
                 differing = sorted(key for key in found.keys() | config.keys() if found.get(key) != config.get(key))
                 raise ValueError(f"the run in {folder} has other settings of {', '.join(differing)}; it cannot go on")
         if processes.is_first():
-            self.checkpoints.mkdir(parents=True, exist_ok=True)
+            self.checkpoints.mkdir(exist_ok=True)
             save_text(folder / "config.json", json.dumps(config, indent=2) + "\n")
             self._cut_broken_line()
 
@@ -222,11 +227,22 @@ def _check_finite(run: RunFolder, stage: Stage, step: int, metrics: dict[str, fl
     if wrong:
         path = run.folder / f"not-finite-{stage.name}-{step + 1:06d}.safetensors"
         if processes.is_first():
-            tensors = prefixed(stage.module.state_dict(), "module.") | prefixed(stage.batch, "batch.")
+            batch = {name: tensor.clone() for name, tensor in stage.batch.items()}  # some may share their memory
+            tensors = prefixed(stage.module.state_dict(), "module.") | prefixed(batch, "batch.")
             save_checkpoint(path, tensors, _origin(step + 1) | {"not_finite": wrong})
         raise FloatingPointError(
             f"update {step + 1} of {stage.name} gave values that are not finite: {', '.join(wrong[:5])}; see {path}"
         )
+
+
+def _locked(folder: Path) -> FileLock:
+    """Keeps other processes out of a run for as long as it is referred to, however this process ends."""
+    lock = FileLock(folder / "lock", is_singleton=True)
+    try:
+        lock.acquire(timeout=0)
+    except Timeout as error:
+        raise ValueError(f"another process is at work in {folder}; stop it, or wait for it") from error
+    return lock
 
 
 def _delete(folder: Path) -> None:

@@ -12,7 +12,8 @@ _ARTICLES = {"a", "an", "the"}
 _NUMBERS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten")
 _DIGITS = {"none": "0"} | {word: str(number) for number, word in enumerate(_NUMBERS)}
 _INSIDE_WORDS = re.compile(r"['\u2019]|\.(?!\d)|(?<=\d),(?=\d)")
-_BETWEEN_WORDS = re.compile(r"[;/\[\](){}\"\u201c\u201d=+\\_\-<>@`,?!]")
+_FULL_WIDTH = "\u3001\u3002\uff01\uff0c\uff1a\uff1b\uff1f"
+_BETWEEN_WORDS = re.compile(rf"[;/\[\](){{}}\"\u201c\u201d=+\\_\-<>@`,?!*{_FULL_WIDTH}]|:(?!\d)|(?<!\d):")
 _NUMBER = re.compile(r"(?<![\w.])-?(?:\d+(?:\.\d+)?|\.\d+)(?:e[+-]?\d+)?(?!\.?\w)", re.IGNORECASE)
 
 
@@ -20,8 +21,9 @@ def normalise_answer(text: str) -> str:
     """An answer as it is compared: lower case, number words to ten as digits, no punctuation, no articles.
 
     After the evaluation of VQA v2 (arXiv 1612.00837). Points of decimals stay, separators of thousands go. Differs in
-    two things: apostrophes are dropped instead of restored, and an answer that is nothing but articles keeps them, so
-    that the choice "A" is not empty; one that is nothing but punctuation stays as it is.
+    three things: apostrophes are dropped instead of restored; asterisks, full-width marks and colons outside of numbers
+    are punctuation, too; and an answer that is nothing but articles keeps them, so that the choice "A" is not empty.
+    One that is nothing but punctuation stays as it is.
     """
     text = text.strip().lower()
     words = _BETWEEN_WORDS.sub(" ", _INSIDE_WORDS.sub("", text)).split()

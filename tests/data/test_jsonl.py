@@ -300,6 +300,13 @@ def test_a_damaged_exif_block_is_a_bad_picture(tmp_path: Path, block: bytes) -> 
         read_image(tmp_path / "a.png")
 
 
+def test_a_picture_of_a_kind_that_is_not_implemented_is_a_bad_picture(tmp_path: Path) -> None:
+    header = [124, 0, 8, 8, 0, 0, 0, *[0] * 11, 32, 4, int.from_bytes(b"????", "little"), *[0] * 10]
+    (tmp_path / "a.dds").write_bytes(b"DDS " + b"".join(number.to_bytes(4, "little") for number in header))
+    with pytest.raises(DataError, match=r"cannot read picture .*a\.dds: .*nimplemented"):
+        read_image(tmp_path / "a.dds")
+
+
 def test_a_tenth_of_the_pictures_is_held_out_however_often_each_is_asked_about() -> None:
     names = [str(number) for number in range(30)]
     expected = held_out(names)

@@ -188,6 +188,16 @@ def test_another_template_makes_other_unpruned_scores(lvlm: Lvlm, tmp_path: Path
     assert len(list(after.folder.glob("scores-*"))) == 2
 
 
+def test_a_question_that_shows_a_picture_is_refused_before_any_is_encoded(lvlm: Lvlm, tmp_path: Path) -> None:
+    world = World(1)
+    world.samples = [*world.samples[:-1], replace(world.samples[-1], question="<image> what is it ?")]
+    with pytest.raises(
+        ValueError, match=r"the question '<image> what is it \?' contains '<image>', which is a picture"
+    ):
+        EncodedSamples(lvlm, world, tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
 def test_another_version_of_the_package_scores_anew(
     lvlm: Lvlm, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

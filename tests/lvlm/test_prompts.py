@@ -100,8 +100,11 @@ def test_prompts_of_gemma_wrap_the_picture() -> None:
 
 def test_prompts_that_cannot_be_split() -> None:
     model, _ = lvlm()
-    with pytest.raises(ValueError, match="2 pictures instead of 1"):
+    with pytest.raises(ValueError, match="the question '<image> what' contains '<image>'"):
         model.prompts.ids("<image> what")
+    model.processor.chat_template = "{{ '<image> <image>' }}"
+    with pytest.raises(ValueError, match="2 pictures instead of 1"):
+        model.prompts.ids("what")
     model.processor.chat_template = "{{ '<image> ' + messages | length | string }}"
     with pytest.raises(ValueError, match="rewrites the prompt"):
         model.prompts.ids("what", "cat")

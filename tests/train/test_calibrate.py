@@ -128,6 +128,18 @@ def test_what_costs_just_as_much_as_is_allowed_or_gains_is_allowed(
     assert pruner.config.threshold == THRESHOLDS[0]
 
 
+@pytest.mark.parametrize(("asked", "right", "lost"), [(800, 800, 8), (800, 799, 8), (400, 394, 0), (300, 7, 3)])
+def test_what_is_lost_is_told_exactly(asked: int, right: int, lost: int) -> None:
+    """So that as much as is allowed is not more than that by the last bit."""
+
+    class Losing(Puzzle):
+        def accuracy(self, indices: Any, *given: Any, **named: Any) -> torch.Tensor:
+            return (torch.tensor(indices) < right - lost).float()
+
+    unpruned = (torch.arange(asked) < right).float()
+    assert module.one_shot(make_pruner(), cast(Any, Losing(asked)), unpruned, 1).drop_points == 100 * lost / asked
+
+
 def test_one_shot_is_at_the_threshold_given_or_else_at_the_pruners_own() -> None:
     puzzle, pruner = cast(Any, Puzzle()), make_pruner()
     unpruned = (torch.arange(len(puzzle)) < 10).float()

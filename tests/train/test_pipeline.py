@@ -4,6 +4,7 @@ refuses."""
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -264,6 +265,30 @@ def test_batches_that_processes_cannot_share_are_refused_before_a_model_is_loade
         train_command(
             tmp_path / "run", model=str(tmp_path / "none"), stages="imitate", init=tmp_path / "pruner", config=single
         )
+
+
+def test_a_run_goes_on_with_the_model_and_the_start_that_it_had(world: Path, tmp_path: Path) -> None:
+    """And a pruner whose novelty was given up may be one to start from: whether there is any is chosen anew."""
+    lvlm, model, start = tiny_lvlm(), tmp_path / "model", tmp_path / "start"
+    shutil.copytree(world / "model", model)
+    shape = PrunerConfig(width=lvlm.width, fingerprint=lvlm.fingerprint, novelty=0.0)
+    TokenPruner(shape).save_pretrained(start)
+
+    def go_on(resume: bool) -> None:
+        train_command(
+            tmp_path / "run", model=str(model), data=str(world / "world.jsonl"), dtype="float32", resume=resume,
+            stages="ppo", init=start, cache=tmp_path / "cache", config=replace(IDLE, samples=8, validation=8),
+        )  # fmt: skip
+
+    go_on(resume=False)
+    assert (tmp_path / "run" / "pruner").exists()
+    TokenPruner(shape).save_pretrained(start)
+    with pytest.raises(ValueError, match="other settings of started_from; it cannot go on"):
+        go_on(resume=True)
+    lvlm.model.get_output_embeddings().weight.data *= 2
+    lvlm.model.save_pretrained(model)
+    with pytest.raises(ValueError, match="other settings of started_from, weights; it cannot go on"):
+        go_on(resume=True)
 
 
 def test_a_training_without_demonstrations(tmp_path: Path, lvlm: Lvlm) -> None:

@@ -5,6 +5,7 @@ from pathlib import Path
 import torch
 from PIL import Image
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 from torch import Tensor
 
@@ -89,8 +90,8 @@ def _can_write(picture: Path) -> bool:
 
 
 def _print(question: str, whole: Answered, short: Answered) -> None:
-    table = Table("", "every token", "pruned", "saved", title=question)
-    table.add_row("answer", whole.text, short.text, "")
+    table = Table("", "every token", "pruned", "saved", title=escape(question))
+    table.add_row("answer", escape(whole.text), escape(short.text), "")
     for name, unit, before, after in (
         ("visual tokens", "", whole.visual_tokens, short.visual_tokens),
         ("FLOPs", " G", whole.flops / 1e9, short.flops / 1e9),

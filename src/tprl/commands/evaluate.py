@@ -63,8 +63,8 @@ def evaluate(
     """
     names, sizes = parse_names(methods), parse_budgets(budgets)
     check_names(names)
-    if seed < 0 or gallery < 0:
-        raise ValueError(f"--seed and --gallery are whole numbers from 0 on, got {seed} and {gallery}")
+    if not 0 <= seed < 2**63 or gallery < 0:
+        raise ValueError(f"--seed and --gallery are whole numbers from 0 on, below 2**63, got {seed} and {gallery}")
     if (pruner is not None or threshold is not None) and TokenPruner.name not in names:
         raise ValueError(f"--pruner and --threshold are those of {TokenPruner.name}, which --methods does not name")
     if threshold is not None and not threshold_row:

@@ -1,7 +1,7 @@
 """``tprl train``: the stages autoencoder, imitate and ppo, each alone or all."""
 
 import json
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Annotated
 
@@ -15,6 +15,8 @@ from tprl.config import AutoencoderStage, ImitateStage, PpoStage, PrunerShape, T
 from tprl.data import load_training
 from tprl.data.sample import samples_digest
 from tprl.demonstrations import teacher_signals
+from tprl.evaluate.provenance import pruner_digest
+from tprl.lvlm.cache import processor_digest, weights_digest
 from tprl.pocket.assemble import cache_folder, choose_dtype, open_lvlm
 from tprl.pruner import TokenPruner
 from tprl.run import RunFolder
@@ -117,16 +119,18 @@ def train(
             if name in names:
                 processes.check_shares(batch, f"{name}'s batch of")
         precision = choose_dtype(dtype, own_device)
-        asked = {
-            "model": model, "dtype": precision, "data": data, "val_data": val_data,
-            "images": str(images) if images else None, "samples": [samples_digest(source) for source in sources],
-            "stages": names, "init": str(init) if init else None, "preset": preset,
-            "settings": asdict(settings),
-        }  # fmt: skip
         lvlm = open_lvlm(model, precision, own_device)
         start = TokenPruner.from_pretrained(init, lvlm.fingerprint) if init else None
+        asked = {
+            "model": model, "weights": weights_digest(lvlm), "processor": processor_digest(lvlm), "dtype": precision,
+            "data": data, "val_data": val_data, "images": str(images) if images else None,
+            "samples": [samples_digest(source) for source in sources], "stages": names,
+            "init": str(init) if init else None, "started_from": pruner_digest(start) if start else None,
+            "preset": preset, "settings": asdict(settings),
+        }  # fmt: skip
         if start is not None:
             wanted = asdict(settings.pruner)
+            start.config = replace(start.config, novelty=wanted["novelty"])  # no weight depends on it
             if other := [name for name in wanted if wanted[name] != getattr(start.config, name)]:
                 raise ValueError(f"the pruner in {init} has another {', '.join(other)} than is asked for")
         folder = RunFolder(run, asked, resume, overwrite, tensorboard)

@@ -202,7 +202,9 @@ def read_image(path: Path) -> Image.Image:
             if image.mode in ("I", "F"):
                 raise ValueError(f"its pixels are numbers of 32 bits (mode {image.mode})")
             return image.convert("RGB")
-    except (OSError, SyntaxError, ValueError, EOFError, struct.error, Image.DecompressionBombError) as error:
+    except (
+        OSError, SyntaxError, ValueError, EOFError, RuntimeError, struct.error, Image.DecompressionBombError
+    ) as error:  # fmt: skip
         raise DataError(f"cannot read picture {path}: {error}") from error
 
 

@@ -19,7 +19,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 import tprl
 from tprl import processes
-from tprl.checkpoint import load_checkpoint, save_checkpoint
+from tprl.checkpoint import load_checkpoint, make_once, save_checkpoint
 from tprl.clock import phase
 from tprl.data.sample import Sample, Source
 from tprl.lvlm.model import Lvlm
@@ -45,11 +45,16 @@ class EncodedSamples:
         source: where the samples come from.
         folder: parent of all caches; this one gets a folder named by its key.
         signals: what selectors will need besides the tokens.
+
+    Raises:
+        ValueError: a question shows a picture itself.
     """
 
     def __init__(self, lvlm: Lvlm, source: Source, folder: Path, signals: frozenset[str] = frozenset()) -> None:
         self.lvlm, self.source = lvlm, source
         self.samples: Sequence[Sample] = source.samples
+        for sample in self.samples:
+            lvlm.prompts.check(sample.question)
         self.image_ids = list(dict.fromkeys(sample.image_id for sample in self.samples))
         self.signals = frozenset(signals)
         key = {
@@ -256,8 +261,8 @@ class EncodedSamples:
             for visual, indices, pictures in self.in_turns(f"unpruned {name}"):
                 judged[indices] = judge(indices, visual.tokens, visual.mask[pictures], None, pictures)
             judged = processes.total(judged)
-            if processes.is_first():
-                save_checkpoint(path, {name: judged}, {})
+            if processes.is_first():  # another run may be saving the same
+                make_once(path, lambda: save_checkpoint(path, {name: judged}, {}))
             processes.meet()
         return load_checkpoint(path)[0][name]
 

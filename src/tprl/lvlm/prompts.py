@@ -48,8 +48,10 @@ class Prompts:
             The ids up to the picture's last visual token, each run of them as one placeholder, and those behind.
 
         Raises:
-            ValueError: the template does not show one picture, or rewrites the prompt once an answer follows.
+            ValueError: the question shows a picture, the template does not show one, or it rewrites the prompt once an
+                answer follows.
         """
+        self.check(question)
         tokenizer, placeholder = self._tokenizer, self.placeholder
         prompt, ending = self._dialogue(question, answer)
         if prompt.count(placeholder) != 1:
@@ -62,6 +64,13 @@ class Prompts:
             answered = ids + tokenizer(ending, add_special_tokens=False)["input_ids"]
         behind = max(i for i, token in enumerate(ids) if token == self._image_token_id) + 1
         return ids[:behind], answered[behind:]
+
+    def check(self, question: str) -> None:
+        """Raise ValueError for a question that shows a picture itself."""
+        if self.placeholder in question:
+            raise ValueError(
+                f"the question {question!r} contains {self.placeholder!r}, which is a picture; leave it out"
+            )
 
     def _dialogue(self, question: str, answer: str | None) -> tuple[str, str]:
         """A prompt as it is tokenised, its picture as one placeholder, and the answer with the end of its turn."""

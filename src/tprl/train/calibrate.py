@@ -34,7 +34,8 @@ class OneShot:
 
     @property
     def drop_points(self) -> float:
-        return 100 * (self.unpruned - self.accuracy)
+        """Rounded, so that what is as much as allowed is not more than that by the last bit."""
+        return round(100 * (self.unpruned - self.accuracy), 6)
 
 
 def one_shot(
@@ -64,7 +65,7 @@ def one_shot(
         accuracy += float(data.accuracy(indices, visual.tokens, keep).sum())
         kept += int(keep.sum())
     accuracy, kept = processes.total(torch.tensor([accuracy, kept], dtype=torch.float64)).tolist()
-    return OneShot(accuracy / len(unpruned), float(unpruned.mean()), kept / len(unpruned))
+    return OneShot(accuracy / len(unpruned), float(unpruned.double().mean()), kept / len(unpruned))
 
 
 def choose_novelty(

@@ -33,6 +33,7 @@ from transformers import (
     StoppingCriteria,
     StoppingCriteriaList,
 )
+from transformers.generation.streamers import BaseStreamer
 
 from lvlm.tiny import IMAGE, NAMES, PAD, VOCAB, Prompt, Tiny, make, state
 from tprl.lvlm import prune as pruning_module
@@ -330,6 +331,35 @@ def test_a_second_turn_goes_on_from_the_cache(tiny: Tiny, positions: Any) -> Non
     assert gap(torch.stack(third.logits, 1), unhidden[:, whole - 1 :]) > FAR
 
 
+@pytest.mark.parametrize("positions", ["original", "compact"])
+@pytest.mark.parametrize("name", ["qwen2_vl", "qwen2_5_vl", "qwen3_vl"])
+def test_two_dimensional_positions_go_on_from_the_cache(name: str, positions: Any) -> None:
+    """As in a hand-written step, with the token types of the whole conversation, and after another conversation."""
+    tiny = make(name)
+    inputs, other = tiny.batch([3, "I", "I", 1], [1, "I", 2], [2]), tiny.batch(*BATCH)
+    options = {"do_sample": False, "max_new_tokens": 1, "return_dict_in_generate": True, "output_logits": True}
+    with prune(tiny.model, Norms(), keep_ratio=0.2, positions=positions):
+        first = tiny.model.generate(**inputs, **{**options, "max_new_tokens": 4})
+        turn = second_turn(inputs, first.sequences)
+        turn["attention_mask"][0, -6] = 0
+
+        def logits(**more: Any) -> Tensor:
+            cache = deepcopy(first.past_key_values)
+            return tiny.model.generate(**turn, **more, past_key_values=cache, **options).logits[0]
+
+        mask, new = turn["attention_mask"], turn["input_ids"][:, -7:]
+        behind = first.past_key_values._tprl_past.next_position + 3 + mask[:, -7:].cumsum(1) - 1
+        step = {"input_ids": new, "attention_mask": mask, "position_ids": behind}
+        wanted = tiny.model(**step, past_key_values=deepcopy(first.past_key_values)).logits[:, -1].float()
+        grown = mask.shape[1] - inputs["input_ids"].shape[1]
+        types = torch.nn.functional.pad(inputs["mm_token_type_ids"], (0, grown))
+        assert gap(logits(), wanted) < 1e-5
+        assert gap(logits(mm_token_type_ids=types), wanted) < 1e-5
+        tiny.model.generate(**other, **options)
+        assert gap(logits(), wanted) < 1e-5
+        assert gap(logits(position_ids=torch.arange(3, 3 + mask.shape[1]).expand(4, 3, -1)), wanted) > FAR
+
+
 @pytest.mark.parametrize("side", ["left", "right"])
 def test_a_hand_written_loop_goes_on_from_the_cache(tiny: Tiny, side: str) -> None:
     inputs = tiny.batch(*BATCH, side=side)
@@ -597,6 +627,19 @@ def test_lengths_count_the_whole_prompt(form: str) -> None:
     inputs = tiny.batch(*BATCH)
     with prune(tiny.model, Norms(), budget=2), pytest.raises(ValueError, match=f"max_length {length - 1} leaves no"):
         tiny.model.generate(**inputs, max_length=length - 1)
+
+
+def test_none_undoes_what_the_models_generation_config_says() -> None:
+    """By which every token ends an answer, and the third in any case."""
+    tiny = make("llava")
+    inputs = tiny.batch([3, "I", 9])
+    length = inputs["input_ids"].shape[1]
+    tiny.model.generation_config.update(eos_token_id=list(range(VOCAB)), max_new_tokens=3)
+    unset = dict.fromkeys(("eos_token_id", "max_new_tokens", "generation_config", "stopping_criteria", "streamer"))
+    with prune(tiny.model, Norms(), budget=2):
+        assert tiny.model.generate(**inputs).shape[1] == length + 1
+        assert tiny.model.generate(**inputs, eos_token_id=None).shape[1] == length + 3
+        assert tiny.model.generate(**inputs, **unset, max_length=length + 5).shape[1] == length + 5
 
 
 def test_an_answer_may_not_end_before_its_least_length() -> None:
@@ -935,7 +978,7 @@ def test_the_callers_processors_and_criteria_take_precedence_as_in_any_model() -
 def test_what_the_caller_gives_generate_sees_whole_sequences(tiny: Tiny) -> None:
     prompts = tiny.batch(*BATCH)
     length = prompts["input_ids"].shape[1]
-    seen: dict[str, list[Tensor]] = {"criterion": [], "processor": [], "allowed": []}
+    seen: dict[str, list[Tensor]] = {"criterion": [], "processor": [], "allowed": [], "streamer": []}
 
     class Third(StoppingCriteria):
         def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Tensor:
@@ -951,7 +994,17 @@ def test_what_the_caller_gives_generate_sees_whole_sequences(tiny: Tiny) -> None
         seen["allowed"].append(ids)
         return list(range(5, 39))
 
+    class Streamer(BaseStreamer):
+        ended = False
+
+        def put(self, value: Tensor) -> None:
+            seen["streamer"].append(value)
+
+        def end(self) -> None:
+            self.ended = True
+
     given = {"stopping_criteria": [Third()], "logits_processor": [Watching()], "prefix_allowed_tokens_fn": allowed}
+    given["streamer"] = streamer = Streamer()
     with prune(tiny.model, Norms(), keep_ratio=0.4) as pruning:
         found = tiny.model.generate(**prompts, **given, **GREEDY)
         assert pruning.cut is not None
@@ -962,6 +1015,9 @@ def test_what_the_caller_gives_generate_sees_whole_sequences(tiny: Tiny) -> None
     assert [ids.shape[1] for ids in seen["criterion"]] == [length + 1, length + 2, length + 3]
     assert torch.equal(seen["criterion"][-1], found)
     assert all(torch.equal(ids, found[number % 3, : len(ids)]) for number, ids in enumerate(seen["allowed"]))
+    start, *steps = seen["streamer"]
+    assert torch.equal(torch.cat([start, torch.stack(steps, 1)], 1), found)
+    assert streamer.ended
 
 
 def test_calls_of_several_threads_do_not_mix() -> None:

@@ -17,7 +17,7 @@ from torch import Tensor
 from transformers import Gemma3TextConfig, PreTrainedModel
 
 from lvlm.test_prune import BATCH, FAR, gap, generated, second_turn
-from lvlm.tiny import CONFIGS, IMAGE, NAMES, Prompt, Tiny, make, state
+from lvlm.tiny import CONFIGS, IMAGE, NAMES, VOCAB, Prompt, Tiny, make, state
 from tprl.lvlm.handle import HANDLE, unprune
 from tprl.lvlm.in_model import dropping
 from tprl.lvlm.prune_inside import InsidePruning, prune_inside
@@ -224,6 +224,15 @@ def test_candidate_tokens_are_taken_back_in_all_layers() -> None:
         wanted = tiny.model.generate(**inputs, **options)
         for guessed in (1, 3, 5):
             assert torch.equal(tiny.model.generate(**inputs, prompt_lookup_num_tokens=guessed, **options), wanted)
+
+
+def test_none_undoes_what_the_models_generation_config_says() -> None:
+    tiny = make("llava")
+    inputs = tiny.batch([3, "I", 9])
+    tiny.model.generation_config.eos_token_id = list(range(VOCAB))  # every token ends an answer
+    with prune_inside(tiny.model, FastV(1), budget=2):
+        assert generated(tiny, inputs)[0].shape[1] == 1
+        assert generated(tiny, inputs, eos_token_id=None)[0].shape[1] == 4
 
 
 def test_unpruning_leaves_the_model_as_it_was(tiny: Tiny) -> None:

@@ -34,6 +34,12 @@ class Past:
             mask = (mask.bool().gather(1, cut.index) & cut.mask).to(mask.dtype)
         return {"position_ids": self.next_position + behind, **inputs, "attention_mask": mask}
 
+    def positions(self, mask: Tensor) -> Tensor:
+        """Position ids ``(..., B, L')`` of a short prompt that begins with what the cache holds, of which only those
+        behind it matter; ``mask`` is ``(B, L')``."""
+        held, attended = self.cut.index.shape[1], mask.long().cumsum(1)
+        return self.next_position + attended - attended[:, held - 1 : held] - 1
+
     def cropped(self, columns: int) -> "Past":
         """What stands in the cache when ``columns`` are left of it."""
         removed = self.cut.index.shape[1] - columns

@@ -183,7 +183,7 @@ def _expand(
     output = (kwargs.get("mm_encoder_outputs") or {}).get("image")
     if generation is None or input_ids is None:
         return original(expand_size, is_encoder_decoder, input_ids, **kwargs)
-    cut = None
+    cut, past = None, generation.past
     if output is not None:
         inputs = {**generation.inputs, **kwargs, "input_ids": input_ids}
         pictures = split_pictures(model, inputs, output.pooler_output, generation.patches)
@@ -192,12 +192,15 @@ def _expand(
             cut = cut_of(model, inputs, choice)
             features = cut_features(output, choice)
             kwargs["mm_encoder_outputs"] = {"image": type(output)(**features)}
-    elif generation.past is not None:
-        cut = generation.past.cut.extended(kwargs["position_ids"].shape[-1])
+    elif past is not None:
+        cut = past.cut.extended(kwargs["position_ids"].shape[-1])
     if cut is not None:
         short = shortened(model, {**kwargs, "input_ids": input_ids}, cut, pruning.positions)
         input_ids = short.pop("input_ids")
         kwargs = short
+        if past is not None and generation.inputs.get("position_ids") is None:
+            # Qwen's own would go on from whichever prompt the model was given last
+            kwargs["position_ids"] = past.positions(kwargs["attention_mask"]) - family_of(model).first_position
     input_ids, kwargs = original(expand_size, is_encoder_decoder, input_ids, **kwargs)
     if cut is not None:
         if output is not None:
@@ -224,6 +227,7 @@ def _generate(model: PreTrainedModel, pruning: Pruning, *args: Any, **kwargs: An
     if prompt is None:
         raise ValueError("a pruned model needs input_ids, to know which tokens are visual")
     whole = past is None or past.begins(prompt, inputs.get("attention_mask"))
+    inputs = {**dict.fromkeys(kwargs), **inputs}  # None undoes what the model's generation_config says
     with recorded_tower(model, pruning.selector.needs if pictures else frozenset()) as patches:
         generation = _Generation(inputs, patches, past, whole)
         if whole:

@@ -198,7 +198,7 @@ def _generate(model: PreTrainedModel, pruning: InsidePruning, *args: Any, **kwar
         refuse(inputs)
     before, pruning._generation = pruning._generation, _Generation(inputs)
     try:
-        return original(**inputs)
+        return original(**{**dict.fromkeys(kwargs), **inputs})  # None undoes what the generation_config says
     finally:
         pruning._generation = before
 

@@ -19,9 +19,9 @@ def with_prompt(prompt: Tensor, ids: Tensor, cut: Cut | None) -> Tensor:
 
 
 class _Shown:
-    """A criterion or processor of the caller that is shown whole sequences; all else is as it is."""
+    """A criterion, processor or streamer of the caller that is shown whole sequences; all else is as it is."""
 
-    def __init__(self, inner: Callable[..., Any], whole: Callable[[Tensor], Tensor]) -> None:
+    def __init__(self, inner: Any, whole: Callable[[Tensor], Tensor]) -> None:
         self._inner, self._whole = inner, whole
 
     def __getattr__(self, name: str) -> Any:
@@ -40,6 +40,13 @@ class _ShownProcessor(_Shown):
         return self._inner(self._whole(input_ids), scores)
 
 
+class _ShownStreamer(_Shown):
+    def put(self, ids: Tensor) -> None:
+        """The first that a streamer is given is the prompt."""
+        self._inner.put(self._whole(ids))
+        self._whole = lambda ids: ids
+
+
 def show_whole(merged: list[Any], custom: list[Any], whole: Callable[[Tensor], Tensor]) -> Any:
     """Let the caller's own criteria or processors see whole sequences.
 
@@ -54,14 +61,15 @@ def show_whole(merged: list[Any], custom: list[Any], whole: Callable[[Tensor], T
 
 
 def count_whole(inputs: dict[str, Any], prompt: Tensor, cut: Callable[[], Cut | None]) -> None:
-    """Let the lengths of the caller's own criteria and its constraint be those of whole sequences.
+    """Let the lengths of the caller's own criteria be those of whole sequences, which its constraint and its streamer
+    see.
 
     Args:
         inputs: of ``generate``, changed in place.
         prompt: ``(B, L)``.
         cut: gives how it was shortened, once that is known.
     """
-    criteria = inputs.pop("stopping_criteria", [])
+    criteria = inputs.pop("stopping_criteria", None) or []
     for limit in (each for each in criteria if isinstance(each, MaxLengthCriteria)):
         inputs["max_new_tokens"] = max(limit.max_length - prompt.shape[1], 1)
     inputs["stopping_criteria"] = StoppingCriteriaList(
@@ -71,11 +79,13 @@ def count_whole(inputs: dict[str, Any], prompt: Tensor, cut: Callable[[], Cut | 
         inputs["prefix_allowed_tokens_fn"] = lambda row, ids: allowed(
             row, with_prompt(prompt[row : row + 1], ids[None], cut())[0]
         )
+    if (streamer := inputs.get("streamer")) is not None:
+        inputs["streamer"] = _ShownStreamer(streamer, lambda ids: with_prompt(prompt, ids, cut()))
 
 
 def count_new_tokens(model: PreTrainedModel, inputs: dict[str, Any], prompt: int) -> None:
     """Turn lengths that count the whole prompt into numbers of new tokens, which a shorter prompt does not change."""
-    own = inputs.get("generation_config", model.generation_config).to_dict()
+    own = (inputs.get("generation_config") or model.generation_config).to_dict()
     config = model.generation_config.to_dict() | {name: value for name, value in own.items() if value is not None}
     for new, whole in (("max_new_tokens", "max_length"), ("min_new_tokens", "min_length")):
         given = {**config, **inputs}

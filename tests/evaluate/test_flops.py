@@ -15,6 +15,7 @@ from tprl.commands.train import PAPER
 from tprl.config import PrunerConfig, PrunerShape
 from tprl.evaluate.flops import (
     encoded_by,
+    encoded_tokens,
     kv_cache_mib,
     lvlm_flops,
     module_flops,
@@ -45,11 +46,21 @@ def clip(patches: int, patch: int, width: int, inner: int, layers: int) -> int:
 ])  # fmt: skip
 def test_llava_is_the_formula(name: str, width: int, inner: int, layers: int) -> None:
     config = load_config(name)
-    for visual in (576, 192):
+    for visual in (576, 192, 0):
         flops = lvlm_flops(config, visual, 64)
         assert flops.vision == clip(576, 14, 1024, 4096, 24)
         assert flops.projector == 2 * 576 * (1024 * width + width * width)
-        assert flops.language == pytest.approx(llama(visual + 64, width, inner, layers, 32064), rel=1e-6)
+        assert flops.language == llama(visual + 64, width, inner, layers, 32064)
+
+
+def test_qwens_tower_is_the_formula() -> None:
+    """1296 tokens of 2 x 2 patches, which attend in windows of 8 x 8 patches in 28 layers of 32."""
+    patches, width = 4 * 1296, 1280
+    linear = 32 * 2 * patches * (4 * width**2 + 3 * width * 3420)
+    attention = 2 * 2 * patches * width * (4 * patches + 28 * 8**2)
+    flops = lvlm_flops(load_config("qwen2.5-vl-7b"), 432, 64, encoded_tokens=1296)
+    assert flops.vision == 2 * patches * 3 * 2 * 14**2 * width + linear + attention
+    assert flops.projector == 2 * 1296 * ((4 * width) ** 2 + 4 * width * 3584)
 
 
 def test_published_figures() -> None:
@@ -68,6 +79,13 @@ def test_text_length_at_which_the_papers_figure_holds() -> None:
     assert length == 110
     saved = [lvlm_flops(config, 192, text).saved(lvlm_flops(config, 576, text)) for text in (length, length + 1)]
     assert saved[0] >= 0.542 > saved[1]
+    assert text_tokens_at(config, 192, saved[0]) == length
+    two = text_tokens_at(config, 192, 0.7, encoded_tokens=1152)
+    saved = [
+        lvlm_flops(config, 192, text, None, 1, 1152).saved(lvlm_flops(config, 1152, text, None, 1, 1152))
+        for text in (two, two + 1)
+    ]
+    assert saved[0] >= 0.7 > saved[1]
     with pytest.raises(ValueError, match=r"from 576 to 192 saves less than 90\.0%"):
         text_tokens_at(config, 192, 0.9)
     with pytest.raises(ValueError, match="between 0 and 1, got 0"):
@@ -101,6 +119,7 @@ def test_every_family_as_it_runs(name: str) -> None:
         cache = model(**inputs, logits_to_keep=1, use_cache=True).past_key_values
     flops = lvlm_flops(config, visual, length - visual, encoded_tokens=encoded)
     assert flops.total == counter.get_total_flops()
+    assert encoded_tokens(config, inputs) == encoded
     stored = sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)
     assert kv_cache_mib(config, length, 4) == pytest.approx(stored / 2**20)
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
@@ -133,17 +152,20 @@ def test_pruning_inside_the_model() -> None:
     expected = half.language + (whole.language - half.language) * 2 / 32
     assert mixed.language == pytest.approx(expected, rel=1e-5)
     assert half.total < mixed.total < whole.total
-    with pytest.raises(ValueError, match="32 counts"):
-        lvlm_flops(config, 576, 64, [576] * 31)
+    for counts in ([576] * 31, [576] * 31 + [-1]):
+        with pytest.raises(ValueError, match="32 counts"):
+            lvlm_flops(config, 576, 64, counts)
 
 
 def test_bad_counts_and_configs(tmp_path: Path) -> None:
     llava, qwen = load_config("llava-1.5-7b"), load_config("qwen2.5-vl-3b")
-    for counts in ((-1, 1), (1, 0)):
-        with pytest.raises(ValueError, match="need visual_tokens >= 0, text_tokens >= 1"):
+    for counts in ((-1, 1), (1, 0), (1, 1, None, 0)):
+        with pytest.raises(ValueError, match="need visual_tokens >= 0, text_tokens >= 1 and generated_tokens >= 1"):
             lvlm_flops(llava, *counts)
     with pytest.raises(ValueError, match="576 tokens of a picture"):
         lvlm_flops(llava, 1, 1, encoded_tokens=577)
+    with pytest.raises(ValueError, match="encoded_tokens has to be at least 1, got 0"):
+        lvlm_flops(llava, 1, 1, encoded_tokens=0)
     with pytest.raises(ValueError, match=r"Qwen2\.5-VL takes pictures of any size"):
         lvlm_flops(qwen, 1, 1)
     with pytest.raises(ValueError, match="unknown model family 'llama'"):

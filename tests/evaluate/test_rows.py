@@ -1,11 +1,13 @@
 """Rows from cells made up by hand."""
 
+from dataclasses import replace
+
 import pytest
 
 from tprl.data.sample import Sample
 from tprl.evaluate.cell import Cell
 from tprl.evaluate.methods import Method
-from tprl.evaluate.rows import quality
+from tprl.evaluate.rows import per_family, quality
 from tprl.evaluate.statistics import bootstrap_ci95
 
 CELLS = {
@@ -13,9 +15,9 @@ CELLS = {
     "blind": Cell([0, 1, 0, 0], [0] * 4),
     "tprl-8": Cell([1, 1, 0.5, 1], [8] * 4),
     "tprl-4": Cell([0, 0, 0, 0], [4] * 4),
-    "tprl-threshold": Cell([1, 1, 1, 1], [2, 4, 6, 8]),
+    "tprl-threshold": Cell([1, 0, 0.5, 1], [2, 4, 6, 8]),
     "uniform-8": Cell([1, 0, 0.25, 0], [8] * 4),
-    "uniform-2": Cell([1, 0, 0, 0], [2] * 4),
+    "uniform-2": Cell([1, 0, 0, 0], [2, 2, 1, 1]),
 }
 
 
@@ -38,4 +40,30 @@ def test_tprl_itself_and_a_budget_without_it_are_paired_with_nothing(method: Met
 
 
 def test_kept_tokens_are_a_mean_over_questions() -> None:
-    assert quality(Method("tprl", None, None), CELLS, SAMPLES, seed=5)["kept_mean"] == 5
+    for name, budget, kept in (("tprl", None, 5), ("uniform", 2, 1.5)):
+        row = quality(Method(name, None, budget), CELLS, SAMPLES, seed=5)
+        assert (row["method"], row["budget"], row["kept_mean"]) == (name, budget, kept)
+
+
+def test_kinds_of_questions_are_told_apart() -> None:
+    samples = [replace(sample, family=family) for sample, family in zip(SAMPLES, ("word", "box") * 2, strict=True)]
+    found = per_family(Method("tprl", None, None), CELLS, samples)
+    names = ("accuracy", "accuracy_unpruned", "accuracy_blind", "n", "kept_mean")
+    assert list(found.items()) == [
+        ("box", dict(zip(names, (0.5, 0.5, 0.5, 2, 6), strict=True))),
+        ("word", dict(zip(names, (0.75, 1, 0, 2, 4), strict=True))),
+    ]
+
+
+def test_intervals_are_drawn_by_the_seed() -> None:
+    scores = [number / 40 for number in range(40)]
+    cells = {
+        "unpruned": Cell([1] * 40, [16] * 40),
+        "blind": Cell([0] * 40, [0] * 40),
+        "tprl-8": Cell([1] * 40, [8] * 40),
+    }
+    samples = [replace(SAMPLES[0], image_id=str(number)) for number in range(40)]
+    row = quality(Method("uniform", None, 8), {**cells, "uniform-8": Cell(scores, [8] * 40)}, samples, seed=6)
+    drawn = [100 * end for end in bootstrap_ci95([1 - score for score in scores], range(40), 6)]
+    assert row["drop_ci95"] == pytest.approx(drawn)
+    assert row["behind_tprl_ci95"] == pytest.approx(drawn)

@@ -1,8 +1,11 @@
 """The processor alone: placeholders, cache keys, what is refused."""
 
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
+from PIL import Image
 
 pytest.importorskip("vllm")
 
@@ -11,7 +14,7 @@ from vllm.multimodal import MULTIMODAL_REGISTRY
 from vllm.plugins import load_general_plugins
 
 from serving import worlds
-from tprl.serving.request import KEY, QUERY, Served, checked_ratio, keep_count
+from tprl.serving.request import KEY, QUERY, RATIO, Served, checked_ratio, keep_count
 
 
 @pytest.fixture(scope="module", params=list(worlds.CONFIGS))
@@ -26,9 +29,10 @@ def processor(world: worlds.World) -> Any:
     return MULTIMODAL_REGISTRY.create_processor(config)
 
 
-def run(processor: Any, prompt: str, number: int = 0, **kwargs: Any) -> Any:
-    items = processor.info.parse_mm_data({"image": worlds.picture(number)})
-    return processor(prompt, items, hf_processor_mm_kwargs=kwargs)
+def run(processor: Any, prompt: str, pictures: Any = 0, **kwargs: Any) -> Any:
+    """``pictures`` as vLLM takes them, or the number of one."""
+    given = worlds.picture(pictures) if isinstance(pictures, int) else pictures
+    return processor(prompt, processor.info.parse_mm_data({"image": given}), hf_processor_mm_kwargs=kwargs)
 
 
 @pytest.mark.parametrize("number", [0, 1, 2])
@@ -58,9 +62,9 @@ def test_the_key_tells_pictures_questions_and_ratios_apart(world: worlds.World, 
 
 
 def test_the_question_is_what_tprl_prune_takes_for_it(world: worlds.World, processor: Any) -> None:
-    output = run(processor, world.lvlm.prompts.text("w3 w1 w4"))
-    question = output["mm_kwargs"]["image"][0][QUERY].data.tolist()
-    assert question == [worlds.WORDS.index(word) for word in ("w3", "w1", "w4")]
+    (item,) = run(processor, world.lvlm.prompts.text("w3 w1 w4"), keep_ratio=0.3)["mm_kwargs"]["image"]
+    assert item[QUERY].data.tolist() == [worlds.WORDS.index(word) for word in ("w3", "w1", "w4")]
+    assert item[RATIO].data.item() == 0.3
 
 
 def test_the_tower_key_is_the_pictures_alone(world: worlds.World, processor: Any) -> None:
@@ -70,6 +74,17 @@ def test_the_tower_key_is_the_pictures_alone(world: worlds.World, processor: Any
 
     assert key("w1", 0) == key("w2 w5", 0)
     assert key("w1", 0) != key("w1", 1)
+    both = world.lvlm.prompts.text(f"w1 {world.lvlm.prompts.placeholder}")
+    items = run(processor, both, [worlds.picture(0), worlds.picture(1)])["mm_kwargs"]["image"]
+    assert [item[KEY].data.tolist() for item in items] == [key("w1", 0), key("w1", 1)]
+
+
+def test_the_tower_key_tells_shapes_apart(world: worlds.World, processor: Any) -> None:
+    outputs = [
+        run(processor, world.lvlm.prompts.text("w1"), Image.new("RGB", size, "red")) for size in ((48, 24), (24, 48))
+    ]
+    high, wide = (output["mm_kwargs"]["image"][0][KEY].data.tolist() for output in outputs)
+    assert (high != wide) == (world.name == "qwen2_5_vl"), "a LLaVA sees both as the same square"
 
 
 @pytest.mark.parametrize("ratio", [0, -0.5, 1.01, float("nan"), "half", True, None, [0.5]])
@@ -83,7 +98,7 @@ def test_a_ratio_is_a_float() -> None:
 
 
 @pytest.mark.parametrize(
-    ("total", "ratio", "count"), [(576, 64 / 576, 64), (576, 1.0, 576), (9, 0.01, 1), (10, 0.25, 2)]
+    ("total", "ratio", "count"), [(576, 64 / 576, 64), (576, 1.0, 576), (9, 0.01, 1), (10, 0.25, 2), (10, 0.37, 4)]
 )
 def test_keep_count(total: int, ratio: float, count: int) -> None:
     assert keep_count(total, ratio) == count
@@ -93,8 +108,23 @@ def test_what_the_server_was_not_told(world: worlds.World) -> None:
     config = world.lvlm.model.config
     with pytest.raises(ValueError, match=r"\['keep_ratio', 'pruner'\] missing"):
         Served.of(config)
+    told: Any = SimpleNamespace(pruner="p", keep_ratio=1)
+    assert Served.of(told) == Served("p", 1.0)
+    told.keep_ratio = 1.5
+    with pytest.raises(ValueError, match=r"keep_ratio 1\.5 is not allowed"):
+        Served.of(told)
 
 
-def test_no_videos(processor: Any) -> None:
+def test_embeddings_of_pictures_are_refused(
+    world: worlds.World, processor: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(processor.info.ctx.model_config.multimodal_config, "enable_mm_embeds", True)
+    with pytest.raises(ValueError, match="takes pictures, not embeddings"):
+        run(processor, world.lvlm.prompts.text("w1"), torch.zeros(1, 36, 64))
+
+
+def test_no_videos_and_room_for_whole_pictures(world: worlds.World, processor: Any) -> None:
     assert processor.info.get_supported_mm_limits() == {"image": None}
-    assert "video" not in processor.info.get_mm_max_tokens_per_item(256, {"image": 1})
+    assert processor.info.get_mm_max_tokens_per_item(256, {"image": 1}) == {
+        "image": 36 if world.name == "llava" else 64
+    }

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from accelerate import cpu_offload
 from PIL import Image
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
@@ -90,14 +91,30 @@ def test_a_token_pruner_prunes_the_model_that_it_was_trained_for(tiny: Tiny, tmp
     for reader in (pruner, "cdpruner"):
         with pytest.raises(ValueError, match=r"give the model's own as processor=, or .* template_ids="):
             tprl.prune(tiny.model, reader, budget=4)
-    for moved, where in (("meta", "meta in torch.float32"), (torch.bfloat16, "cpu in torch.bfloat16")):
-        wrong = pruner_for(tiny).to(moved)
-        with pytest.raises(ValueError, match=rf"the pruner is on {where}, the model on cpu; .* pruner.float\(\)"):
-            tprl.prune(tiny.model, wrong, budget=4, template_ids=frozenset())
+    wrong = pruner_for(tiny).bfloat16()
+    with pytest.raises(
+        ValueError, match=r"on cpu in torch.bfloat16, the model on cpu; .* pruner.float\(\).to\('cpu'\)"
+    ):
+        tprl.prune(tiny.model, wrong, budget=4, template_ids=frozenset())
+    with pytest.raises(ValueError, match="the pruner is on meta, without its weights; load it again"):
+        tprl.prune(tiny.model, wrong.float().to("meta"), budget=4, template_ids=frozenset())
     with pytest.raises(ValueError, match="processor Tokenizer is not allowed; the whole one, of AutoProcessor"):
         tprl.prune(tiny.model, pruner, budget=4, processor=type("Tokenizer", (), {})())
     assert HANDLE not in other.__dict__
     assert HANDLE not in tiny.model.__dict__
+
+
+def test_beside_an_offloaded_model_a_pruner_is_where_that_computes() -> None:
+    tiny = make("llava", torch.float32)
+    pruner, inputs = pruner_for(tiny), tiny.batch([2, "I", 4])
+    indices = kept(tiny.model, inputs, pruner, budget=4, template_ids=frozenset())
+    cpu_offload(tiny.model, execution_device="cpu")
+    assert tiny.model.device.type == "meta"
+    assert kept(tiny.model, inputs, pruner, budget=4, template_ids=frozenset()) == indices
+    with pytest.raises(ValueError, match=r"the model on cpu; .* pruner.float\(\).to\('cpu'\)"):
+        tprl.prune(tiny.model, pruner.bfloat16(), budget=4, template_ids=frozenset())
+    with pytest.raises(ValueError, match="the pruner is on meta, without its weights; load it again"):
+        tprl.prune(tiny.model, pruner.float().to(tiny.model.device), budget=4, template_ids=frozenset())
 
 
 def test_the_processor_tells_the_question_from_the_template(tiny: Tiny) -> None:

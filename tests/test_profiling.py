@@ -94,9 +94,7 @@ def test_teachers_that_the_tower_does_not_serve_are_left_out(
     monkeypatch.setattr(pipeline, "tower_signals", lambda model: frozenset())
     parts = profile_training(lvlm, World(2), make_pruner(lvlm), CONFIG)
     assert list(parts)[-1] == "PPO round"
-    assert (
-        "teachers left out, since LLaVA-1.5's tower does not give what they need: fastervlm" in capsys.readouterr().out
-    )
+    assert "teachers left out, since this LLaVA-1.5 does not give what they need: fastervlm" in capsys.readouterr().out
 
 
 def test_shares_by_hand() -> None:

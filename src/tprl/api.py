@@ -51,8 +51,8 @@ def prune(
 
     Raises:
         ValueError: an unknown family or name, a model that is pruned already, a pruner of another model, no way to tell
-            the question from the template, a pruner on another device or not in float32, not exactly one amount, or a
-            value that is not allowed.
+            the question from the template, a pruner on another device, without weights or not in float32, not exactly
+            one amount, or a value that is not allowed.
 
     Example:
         >>> with tprl.prune(model, pruner, budget=64, processor=processor) as pruned:
@@ -73,10 +73,13 @@ def prune(
         return prune_inside(model, chosen, budget=budget, keep_ratio=keep_ratio)
     if isinstance(chosen, TokenPruner):
         chosen.check_fits(Lvlm(model).fingerprint)
-        if (weights := chosen.token_mean).device != model.device or weights.dtype != torch.float32:
+        weights, device = chosen.token_mean, _device(model)
+        if weights.is_meta:
+            raise ValueError("the pruner is on meta, without its weights; load it again: TokenPruner.from_pretrained")
+        if weights.device != device or weights.dtype != torch.float32:
             raise ValueError(
-                f"the pruner is on {weights.device} in {weights.dtype}, the model on {model.device}; a pruner works in "
-                "float32 beside its model: pruner.float().to(model.device)"
+                f"the pruner is on {weights.device} in {weights.dtype}, the model on {device}; a pruner works in "
+                f"float32 beside its model: pruner.float().to({str(device)!r})"
             )
         if budget is None and keep_ratio is None and threshold is None:
             threshold = chosen.config.threshold
@@ -98,3 +101,12 @@ def prune(
         positions=positions,
         template_ids=template_ids or frozenset(),
     )
+
+
+def _device(model: PreTrainedModel) -> torch.device:
+    """Where the model computes; offloaded by accelerate, its weights are on meta between calls and its hooks know."""
+    if model.device.type != "meta":
+        return model.device
+    hooks = [getattr(module, "_hf_hook", None) for module in model.modules()]
+    devices = [device for hook in hooks if (device := getattr(hook, "execution_device", None)) is not None]
+    return torch.empty(0, device=devices[0] if devices else "cpu").device  # 0 and "cuda" are "cuda:0"

@@ -11,9 +11,10 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from transformers import DynamicCache, LlamaConfig, LlamaModel, StaticCache
+from transformers import AutoConfig, AutoModel, DynamicCache, Gemma2Config, LlamaConfig, LlamaModel, StaticCache
 
 from tprl.lvlm.in_model import dropping, resumed
+from tprl.lvlm.layer_view import LayerView as DecoderView
 from tprl.lvlm.packing import Block, make_prefix, pack
 from tprl.selectors.in_model import Dart, FastV, PyramidDrop, SparseVLM
 from tprl.selectors.stages import LayerView
@@ -373,6 +374,59 @@ def test_sparsevlm_sees_what_entered_the_decoder_and_puts_clusters_into_it() -> 
             inputs = {name: value[row : row + 1] for name, value in batch.inputs().items()}
             alone = model(**inputs).last_hidden_state[0]
         assert (together[row, real] - alone[real]).abs().max() < 1e-6
+
+
+SMALL = {
+    "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "vocab_size": 50, "pad_token_id": 0,
+}  # fmt: skip
+
+
+def test_the_attention_of_gemma2_is_capped() -> None:
+    config = Gemma2Config(
+        **SMALL, head_dim=8, query_pre_attn_scalar=8, attn_logit_softcapping=2.0, attn_implementation="eager"
+    )
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model, embeds = AutoModel.from_config(config).eval(), torch.randn(1, 9, 32)
+    model.layers[1].self_attn.q_proj.weight.mul_(30)
+    seen: list[Tensor] = []
+
+    def look(layer: Any, args: Any, kwargs: dict[str, Any]) -> None:
+        none, last = torch.zeros(1, 9).bool(), torch.tensor([8])
+        rotary, mask = kwargs["position_embeddings"], kwargs["attention_mask"]
+        view = DecoderView(layer, args[0], args[0], none, last, rotary, mask)
+        seen.append(view.attention(torch.arange(9)[None]))
+
+    model.layers[1].register_forward_pre_hook(look, with_kwargs=True)
+    weights = model(inputs_embeds=embeds, output_attentions=True).attentions[1].mean(1)
+    torch.testing.assert_close(seen[0], weights)
+
+
+@pytest.mark.parametrize(("kind", "fault"), [
+    ("phi3", "'phi3' cannot be looked into, .*: a layer has no self_attn.q_proj, a layer has no self_attn.k_proj$"),
+    ("phi", "it has no norm"),
+    ("olmo2", "a layer has no input_layernorm"),
+    ("gpt_oss", "its attention has sinks"),
+    ("cohere", "its rotary embedding is not Llama's"),
+    ("glm", "its rotary embedding is not Llama's"),
+    ("stablelm", "its rotary embedding is not Llama's"),
+    ("smollm3", "its rotary embedding is not Llama's"),
+])  # fmt: skip
+def test_a_decoder_that_is_not_read_as_llama_is_refused(kind: str, fault: str) -> None:
+    """StableLM turns a part of every head, SmolLM3 nothing in some layers."""
+    more = {
+        "gpt_oss": {"num_local_experts": 2, "head_dim": 8},
+        "glm": {"head_dim": 8},
+        "smollm3": {"no_rope_layers": [1, 0]},
+    }
+    model, batch = AutoModel.from_config(AutoConfig.for_model(kind, **SMALL, **more.get(kind, {}))), Batch()
+    budgets = torch.tensor([1, 1, 1])
+    with (
+        pytest.raises(ValueError, match=fault),
+        dropping(model, FastV(1), visual=batch.visual, last=batch.last, budgets=budgets),
+    ):
+        pass
 
 
 def test_what_is_refused() -> None:

@@ -248,9 +248,7 @@ def test_teachers_that_the_tower_serves_with_nothing_are_named(
 ) -> None:
     monkeypatch.setattr(pipeline, "tower_signals", lambda model: frozenset())
     monkeypatch.setattr(pipeline, "heuristics", lambda settings: ("fastervlm", "visionzip"))
-    with pytest.raises(
-        ValueError, match=r"teachers fastervlm, visionzip all need what LLaVA-1\.5's tower does not give"
-    ):
+    with pytest.raises(ValueError, match=r"teachers fastervlm, visionzip all need what this LLaVA-1\.5 does not give"):
         idle(tmp_path / "a", lvlm, World(3))
 
 
@@ -353,6 +351,16 @@ def test_a_teacher_that_the_tower_serves_with_nothing_is_left_out(
     found = pipeline.without_blind_teachers(lvlm, config)
     assert found == replace(config, imitate=replace(config.imitate, teachers=("uniform", "search")))
     assert "does not give what they need: fastervlm\n" in capsys.readouterr().out
+
+
+def test_a_teacher_that_the_language_model_serves_with_nothing_is_left_out(
+    lvlm: Lvlm, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = TrainConfig(imitate=ImitateStage(teachers=("text-attention", "uniform")))
+    assert pipeline.without_blind_teachers(lvlm, config) == config
+    monkeypatch.setattr(pipeline, "unreadable", lambda decoder: ["it has no norm"])
+    found = pipeline.without_blind_teachers(lvlm, config)
+    assert found == replace(config, imitate=replace(config.imitate, teachers=("uniform",)))
 
 
 def test_a_run_that_is_done_is_left_as_it_is(tmp_path: Path, lvlm: Lvlm) -> None:

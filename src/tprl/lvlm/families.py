@@ -64,12 +64,16 @@ class Tower:
 
     Attributes:
         layers: its layers, as a path from the tower.
-        attention: a layer's attention, as a path from the layer; it has a ``k_proj`` and returns its weights second.
+        attention: a layer's attention, as a path from the layer; it has a ``k_proj`` and a ``scale``.
+        queries: what gives its queries as they are compared, heads one after the other, as a path from the attention.
+        keys: the same for its keys.
         has_cls: whether its first token is [CLS].
     """
 
     layers: str = "encoder.layers"
     attention: str = "self_attn"
+    queries: str = "q_proj"
+    keys: str = "k_proj"
     has_cls: bool = False
 
 
@@ -244,7 +248,7 @@ FAMILIES: dict[str, Family] = {
 TOWERS: dict[str, Tower] = {
     "clip_vision_model": Tower(has_cls=True),
     "siglip_vision_model": Tower(),
-    "internvl_vision": Tower("encoder.layer", "attention", has_cls=True),
+    "internvl_vision": Tower("encoder.layer", "attention", "q_norm", "k_norm", has_cls=True),
     "idefics3_vision": Tower(),
     "smolvlm_vision": Tower(),
 }

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, StaticCache
 
 from tprl.lvlm.held import Held
-from tprl.lvlm.layer_view import CutView
+from tprl.lvlm.layer_view import CutView, check_readable
 from tprl.selectors.stages import InModel, Stage
 
 
@@ -133,15 +133,16 @@ def dropping(
             its budget: 0 to as many as the row has.
 
     Raises:
-        ValueError: a budget is out of range or of the method's reach, the decoder is too shallow for the method or
-            attends by an implementation other than "sdpa" and "eager"; or, when the decoder is called, its cache is
-            static or visual features enter it after the first cut.
+        ValueError: a budget is out of range or of the method's reach, the decoder is too shallow for the method, its
+            layers are not read as Llama's, or it attends by an implementation other than "sdpa" and "eager"; or, when
+            the decoder is called, its cache is static or visual features enter it after the first cut.
 
     Example:
         >>> with dropping(decoder, FastV(), visual=visual, last=last, budgets=budgets) as dropped:
         ...     hidden = decoder(inputs_embeds=embeds, position_ids=positions, attention_mask=mask).last_hidden_state
         >>> dropped.kept[-1]
     """
+    check_readable(decoder)
     counts = visual.sum(1)
     if budgets.shape != counts.shape or bool(((budgets < 0) | (budgets > counts)).any()):
         raise ValueError(

@@ -1,11 +1,58 @@
 """What a decoder layer of transformers shows, at prefill, to whoever chooses tokens by it."""
 
+import sys
 from dataclasses import dataclass
+from operator import attrgetter
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 from transformers.models.llama.modeling_llama import rotate_half
+
+_READ = ("input_layernorm", "self_attn.q_proj", "self_attn.k_proj", "self_attn.head_dim", "self_attn.scaling")
+"""What a view reads of a layer."""
+
+
+def check_readable(decoder: PreTrainedModel) -> None:
+    """Raise ValueError unless views of its layers show what ``decoder`` computes."""
+    if faults := unreadable(decoder):
+        raise ValueError(
+            f"the language model {decoder.config.model_type!r} cannot be looked into, as methods inside it and text "
+            f"attention do: {', '.join(faults)}"
+        )
+
+
+def unreadable(decoder: PreTrainedModel) -> list[str]:
+    """What keeps views of its layers from showing what ``decoder`` computes: they attend and rotate as Llama does."""
+    layers = list(cast(Any, decoder).layers)
+    faults = [f"it has no {path}" for path in ("norm", "rotary_emb") if not _has(decoder, path)]
+    faults += [f"a layer has no {path}" for path in _READ if not all(_has(layer, path) for layer in layers)]
+    if any(_has(layer, "self_attn.sinks") for layer in layers):
+        faults.append("its attention has sinks")
+    if not faults:
+        rotates = all(getattr(layer.self_attn, "use_rope", True) and _rotates(layer.self_attn) for layer in layers)
+        buffers = cast(Any, decoder).rotary_emb.named_buffers()
+        widths = {2 * len(frequencies) for name, frequencies in buffers if name.endswith("inv_freq")}
+        if not rotates or widths != {layer.self_attn.head_dim for layer in layers}:
+            faults.append("its rotary embedding is not Llama's")
+    return faults
+
+
+def _has(module: nn.Module, path: str) -> bool:
+    try:
+        attrgetter(path)(module)
+    except AttributeError:
+        return False
+    return True
+
+
+def _rotates(attention: nn.Module) -> bool:
+    """Whether the code of an attention turns queries and keys by halves, as Llama's does."""
+    modules = [sys.modules[kind.__module__] for kind in type(attention).__mro__]
+    rotate = next((module.rotate_half for module in modules if hasattr(module, "rotate_half")), None)
+    probe = torch.arange(4.0)
+    return rotate is not None and torch.equal(rotate(probe), rotate_half(probe))
 
 
 @dataclass(frozen=True)
@@ -33,6 +80,8 @@ class LayerView:
         keys = self._heads("k", self.hidden, self.rotary)
         keys = keys.repeat_interleave(queries.shape[1] // keys.shape[1], 1)
         scores = queries.float() @ keys.mT.float() * attention.scaling
+        if (cap := getattr(attention, "attn_logit_softcapping", None)) is not None:
+            scores = cap * (scores / cap).tanh()
         scores = scores.masked_fill(~self._visible(places)[:, None], -torch.inf)
         return cast(Tensor, scores.softmax(-1).mean(1))
 

@@ -26,6 +26,7 @@ from tprl.lvlm.handle import (
     unanswered,
 )
 from tprl.lvlm.in_model import Dropping, dropping, resumed
+from tprl.lvlm.layer_view import check_readable
 from tprl.lvlm.pictures import ImageFeatures, encode, samples_of, split_pictures
 from tprl.selectors.stages import InModel
 
@@ -92,9 +93,11 @@ def prune_inside(
 
     Raises:
         ValueError: the family is not known, the model is pruned already, not exactly one of ``budget`` and
-            ``keep_ratio`` is given or its value is not allowed, or ``method`` cuts where this model cannot be cut.
+            ``keep_ratio`` is given or its value is not allowed, the language model's layers are not read as Llama's, or
+            ``method`` cuts where this model cannot be cut.
     """
     check_amount(model, {"budget": budget, "keep_ratio": keep_ratio})
+    check_readable(cast(Any, model).get_decoder())
     _check_first_cut(model, method)
     pruning = InsidePruning(model, method, budget, keep_ratio)
     pruning.attach()

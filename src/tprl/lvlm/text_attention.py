@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tprl.lvlm.layer_view import LayerView
+from tprl.lvlm.layer_view import LayerView, check_readable
 from tprl.lvlm.packing import Block, Prefix
 from tprl.lvlm.reader import RowReader
 
@@ -32,7 +32,11 @@ def text_attention(reader: RowReader, prefix: Prefix, tokens: Tensor, blocks: li
 
     Returns:
         float32 ``(Q, N)``.
+
+    Raises:
+        ValueError: the language model's layers are not read as Llama's.
     """
+    check_readable(reader.language)
     rows = [[block] for block in blocks] if reader.both_ways == "prompts" else [blocks]
     return torch.cat([_attention(reader, prefix, tokens, row) for row in rows])
 

@@ -1,11 +1,15 @@
 """What a selector is, and the few operations that selectors share, each over a batch of rows with masks."""
 
+from collections.abc import Callable
 from typing import Protocol
 
 import torch
 from torch import Tensor, nn
 
 from tprl.types import Selection, VisualTokens
+
+PAIRS_AT_ONCE = 2**25
+"""Pairs of tokens that are compared at once; a float32 for each is 128 MiB."""
 
 
 class Selector(Protocol):
@@ -48,6 +52,19 @@ def check(selector: Selector, visual: VisualTokens, budget: Tensor) -> None:
             f"budgets must be one a row and lie between 1 and the number of visual tokens {real.tolist()}, "
             f"got {budget.tolist()}"
         )
+
+
+def in_parts(keep: Callable[[VisualTokens, Tensor], Tensor], visual: VisualTokens, budget: Tensor) -> Tensor:
+    """``keep``, which compares all tokens of a row with each other, of as many rows at a time as ``PAIRS_AT_ONCE``
+    allows: one long picture makes a batch wide, and square it would be large.
+
+    Args:
+        keep: from some rows, without signals, and their budgets to what they keep, bool ``(b, N)``.
+    """
+    rows = max(1, PAIRS_AT_ONCE // visual.mask.shape[1] ** 2)
+    given = (visual.tokens, visual.mask, visual.coords, visual.query, visual.query_mask)
+    parts = [VisualTokens(*part) for part in zip(*(values.split(rows) for values in given), strict=True)]
+    return torch.cat([keep(part, budgets) for part, budgets in zip(parts, budget.split(rows), strict=True)])
 
 
 def ranks(scores: Tensor, among: Tensor) -> Tensor:

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor, nn
 
-from tprl.selectors.base import check, cosine, units
+from tprl.selectors.base import check, cosine, in_parts, units
 from tprl.types import Selection, VisualTokens
 
 
@@ -19,6 +19,9 @@ class DivPrune:
 
     def select(self, visual: VisualTokens, budget: Tensor) -> Selection:
         check(self, visual, budget)
+        return Selection(in_parts(self._keep, visual, budget))
+
+    def _keep(self, visual: VisualTokens, budget: Tensor) -> Tensor:
         distance = 1 - cosine(visual.tokens, visual.mask)
         rows = torch.arange(len(visual), device=budget.device)
         others = visual.mask[:, None] & ~torch.eye(visual.mask.shape[1], dtype=torch.bool, device=budget.device)
@@ -31,7 +34,7 @@ class DivPrune:
             gap = torch.minimum(gap, distance[rows, chosen])
             gap[rows, chosen] = -torch.inf
             chosen = gap.argmax(1)
-        return Selection(keep)
+        return keep
 
 
 class CDPruner:
@@ -53,6 +56,9 @@ class CDPruner:
 
     def select(self, visual: VisualTokens, budget: Tensor) -> Selection:
         check(self, visual, budget)
+        return Selection(in_parts(self._keep, visual, budget))
+
+    def _keep(self, visual: VisualTokens, budget: Tensor) -> Tensor:
         relevance = _relevance(visual)
         kernel = relevance[:, :, None] * cosine(visual.tokens, visual.mask) * relevance[:, None]
         floor = 1e-5 * relevance.square()
@@ -72,7 +78,7 @@ class CDPruner:
             # A row that ran out of tokens has no best one: it goes on with numbers that nobody reads.
             factor[:, step] = (kernel[rows, chosen] - known) / best.clamp(min=torch.finfo().tiny).sqrt()[:, None]
             gain = gain - factor[:, step].square()
-        return Selection(keep)
+        return keep
 
 
 def _relevance(visual: VisualTokens) -> Tensor:

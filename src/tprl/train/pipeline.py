@@ -4,6 +4,7 @@ import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
+from typing import Any, cast
 
 import torch
 
@@ -12,6 +13,7 @@ from tprl.config import ImitateStage, PrunerConfig, TrainConfig
 from tprl.data.sample import Source
 from tprl.demonstrations import teacher_signals
 from tprl.lvlm.cache import EncodedSamples
+from tprl.lvlm.layer_view import unreadable
 from tprl.lvlm.model import Lvlm
 from tprl.lvlm.signals import TOWER_SIGNALS, tower_signals
 from tprl.pruner import TokenPruner
@@ -107,24 +109,26 @@ def train(
 
 
 def blind_teachers(lvlm: Lvlm, settings: ImitateStage) -> list[str]:
-    """The teachers that need more than the model's tower gives.
+    """The teachers that need more than the model gives.
 
     Raises:
         ValueError: all of them do.
     """
     given, needed = tower_signals(lvlm.model), teacher_signals(heuristics(settings))
-    blind = [name for name, needs in needed.items() if not needs & TOWER_SIGNALS <= given]
+    if not unreadable(cast(Any, lvlm.model).get_decoder()):
+        given |= {"text_attention"}
+    blind = [name for name, needs in needed.items() if not needs <= given]
     if blind and len(blind) == len(needed):
-        raise ValueError(f"teachers {', '.join(blind)} all need what {lvlm.family.name}'s tower does not give")
+        raise ValueError(f"teachers {', '.join(blind)} all need what this {lvlm.family.name} does not give")
     return blind
 
 
 def without_blind_teachers(lvlm: Lvlm, config: TrainConfig) -> TrainConfig:
-    """The settings without teachers that need more than the model's tower gives, which are named on the way."""
+    """The settings without teachers that need more than the model gives, which are named on the way."""
     blind = blind_teachers(lvlm, config.imitate)
     if not blind:
         return config
-    print(f"teachers left out, since {lvlm.family.name}'s tower does not give what they need: {', '.join(blind)}")
+    print(f"teachers left out, since this {lvlm.family.name} does not give what they need: {', '.join(blind)}")
     teachers = tuple(name for name in config.imitate.teachers if name not in blind)
     return replace(config, imitate=replace(config.imitate, teachers=teachers))
 

@@ -35,14 +35,10 @@ def flops(
     """
     model = load_config(config)
     visual = encoded_by(model) if encoded_tokens is None else encoded_tokens
-    third = max(1, round(visual / 3))
+    third, *fewer = (max(1, round(visual * ninths / 9)) for ninths in (3, 2, 1))
     if cache_bytes < 1:
         raise ValueError(f"--cache-bytes {cache_bytes} is not allowed; at least 1")
-    counts = (
-        parse_budgets(budgets)
-        if budgets is not None
-        else (third, max(1, round(visual * 2 / 9)), max(1, round(visual / 9)))
-    )
+    counts = parse_budgets(budgets) if budgets is not None else (third, *fewer)
     if wrong := [count for count in counts if count > visual]:
         raise ValueError(f"budgets {wrong} are not allowed; 1 to the picture's {visual} visual tokens")
     unpruned = lvlm_flops(model, visual, text_tokens, None, generated_tokens, visual)

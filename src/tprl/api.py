@@ -35,8 +35,8 @@ def prune(
     Args:
         model: of one of ``tprl.lvlm.families.FAMILIES``, with a language-modelling head.
         pruner: what decides: a trained pruner, one of the peers in ``tprl.selectors``, or a peer's name.
-        budget: visual tokens to keep of every picture. Inside the language model the pictures of a prompt share as many
-            as that makes together.
+        budget: visual tokens to keep of every picture, all of one that has fewer. Inside the language model the
+            pictures of a prompt share as many as that makes together.
         keep_ratio: share of the visual tokens to keep, in (0, 1].
         threshold: keep what a ``TokenPruner`` gives more than this probability, in [0, 1]; its calibrated one where no
             amount is given.

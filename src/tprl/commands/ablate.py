@@ -57,7 +57,7 @@ def ablate(
         split: that is measured.
         n: number of questions measured.
         model: "pocket-llava", or a folder or Hub id of a model.
-        preset: of ``tprl train``.
+        preset: "default", "quick" or "paper", as of ``tprl train``.
         dtype: of the model: "auto", "float32", "bfloat16" or "float16".
         device: "cpu" or "cuda"; each of several processes takes a GPU of its own.
         cache: folder where encoded pictures are kept between runs; $TPRL_CACHE or ~/.cache/tprl unless given.

@@ -13,7 +13,8 @@ def report(folder: Annotated[Path, tyro.conf.Positional], *, run: Path | None = 
 
     Args:
         folder: results of `tprl evaluate`, `tprl benchmark` or `tprl ablate`.
-        run: folder of the training whose curves are to be shown; looked for in the results' folder unless given.
+        run: folder of the training whose curves are to be shown; unless given, the results' own where it holds a
+            metrics.jsonl.
         out: the page; report.html in the results' folder unless given.
     """
     page = out or folder / "report.html"

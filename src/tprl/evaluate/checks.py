@@ -6,6 +6,7 @@ from pathlib import Path
 from tprl import processes
 from tprl.data.sample import Source
 from tprl.evaluate.methods import Method
+from tprl.lvlm.in_model import check_first_cut
 from tprl.lvlm.model import Lvlm
 
 CELLS = "cells"
@@ -47,8 +48,11 @@ def check_budgets(lvlm: Lvlm, source: Source, budgets: Iterable[int]) -> int:
 
 
 def check_reach(lvlm: Lvlm, methods: Iterable[Method], visual_tokens: Collection[int]) -> None:
-    """Raise ValueError unless the methods can keep to their budgets with pictures of so many ``visual_tokens``."""
+    """Raise ValueError unless the methods can prune this model, and keep to their budgets with pictures of so many
+    ``visual_tokens``."""
     layers = lvlm.model.config.get_text_config().num_hidden_layers
     for method in methods:
+        if method.in_model is not None:
+            check_first_cut(lvlm.model, method.in_model)
         for count in visual_tokens:
             method.layer_counts(layers, count)

@@ -131,7 +131,9 @@ def encoded_by(config: PreTrainedConfig) -> int:
         ValueError: the family is unknown or takes pictures of any size.
     """
     if _takes_any_size(config):
-        raise ValueError(f"{family_of(config).name} takes pictures of any size: say how many encoded_tokens they have")
+        raise ValueError(
+            f"{family_of(config).name} takes pictures of any size: say how many encoded_tokens (--encoded-tokens)"
+        )
     return _tower(_key(config), 1, None).tokens
 
 

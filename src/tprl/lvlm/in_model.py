@@ -113,6 +113,17 @@ class Dropping:
         return hidden if selection.tokens is None else selection.tokens
 
 
+def check_first_cut(model: PreTrainedModel, method: InModel, least: int = 1) -> None:
+    """Raise ValueError if ``method`` cannot look into the language model of ``model``, or cuts it before its layer
+    ``least`` or one that takes visual features, as Qwen3-VL's first ones do."""
+    decoder: Any = cast(Any, model).get_decoder()
+    check_readable(decoder)
+    least = max(least, len(model.config.vision_config.to_dict().get("deepstack_visual_indexes") or []))
+    first = method.stages(len(decoder.layers))[0].drop
+    if first < least:
+        raise ValueError(f"{method.name} cuts before layer {first}; at least {least} layers of this model see all")
+
+
 @contextmanager
 def dropping(
     decoder: PreTrainedModel, method: InModel, *, visual: Tensor, last: Tensor, budgets: Tensor

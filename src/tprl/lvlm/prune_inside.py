@@ -25,8 +25,7 @@ from tprl.lvlm.handle import (
     refuse_videos,
     unanswered,
 )
-from tprl.lvlm.in_model import Dropping, dropping, resumed
-from tprl.lvlm.layer_view import check_readable
+from tprl.lvlm.in_model import Dropping, check_first_cut, dropping, resumed
 from tprl.lvlm.pictures import ImageFeatures, encode, samples_of, split_pictures
 from tprl.selectors.stages import InModel
 
@@ -97,23 +96,16 @@ def prune_inside(
             ``method`` cuts where this model cannot be cut.
     """
     check_amount(model, {"budget": budget, "keep_ratio": keep_ratio})
-    check_readable(cast(Any, model).get_decoder())
-    _check_first_cut(model, method)
+    check_first_cut(model, method, _layers_before_a_cut(model))
     pruning = InsidePruning(model, method, budget, keep_ratio)
     pruning.attach()
     return pruning
 
 
-def _check_first_cut(model: PreTrainedModel, method: InModel) -> None:
-    """Raise ValueError if the first cut comes too early: masks are made by the first layer of each type of attention,
-    and Qwen3-VL adds visual features to its first layers."""
-    decoder: Any = cast(Any, model).get_decoder()
-    first = method.stages(len(decoder.layers))[0].drop
-    types = decoder.config.to_dict().get("layer_types") or []
-    deep = model.config.vision_config.to_dict().get("deepstack_visual_indexes") or []
-    least = max(len(deep), *(1 + types.index(kind) for kind in set(types)), 1)
-    if first < least:
-        raise ValueError(f"{method.name} cuts before layer {first}; at least {least} layers of this model see all")
+def _layers_before_a_cut(model: PreTrainedModel) -> int:
+    """The fewest layers that see all: masks are made by the first layer of each type of attention."""
+    types = cast(Any, model).get_decoder().config.to_dict().get("layer_types") or []
+    return max([1, *(1 + types.index(kind) for kind in set(types))])
 
 
 def _forward(model: PreTrainedModel, pruning: InsidePruning, *args: Any, **kwargs: Any) -> Any:

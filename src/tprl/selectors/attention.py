@@ -1,4 +1,4 @@
-"""Selectors led by the attention of the vision tower's [CLS] token."""
+"""Selectors led by attention: that of the vision tower's [CLS] token, or that of the language model."""
 
 import torch
 from torch import Tensor
@@ -22,7 +22,7 @@ class FasterVLM:
 
 
 class TextAttention:
-    """The tokens that the question attends to in the language model.
+    """The tokens that any token behind the picture attends to most in the language model.
 
     What SparseVLM, PyramidDrop and their like look at (arXiv 2410.04417, 2410.17247), without their detours. It costs
     an unpruned prefill, so it serves as a demonstrator.

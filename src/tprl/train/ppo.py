@@ -1,10 +1,10 @@
 """Stage 3: PPO on task accuracy and efficiency together (TPRL, arXiv 2603.13394; PPO, arXiv 1707.06347).
 
-Deviations from the paper, each an option of ``PpoStage``: an episode has one step, since inference looks once; the
-baseline is the mean of the question's other rollouts ("group", arXiv 2402.14740) instead of the critic; the discount
+Deviations from the paper. Options of ``PpoStage``: an episode has one step, since inference looks once; the baseline is
+the mean of the question's other rollouts ("group", arXiv 2402.14740) instead of the critic; the discount
 ``lambda_disc`` is nearer to 1, since 0.5 drops half of all tokens in the second step whatever the policy thinks of
-them; ratios are clipped token by token, since the product over hundreds of tokens explodes (the joint one is watched as
-``effective_sample_size``).
+them. Always: ratios are clipped token by token, since the product over hundreds of tokens explodes (the joint one is
+watched as ``effective_sample_size``).
 """
 
 import math

@@ -272,14 +272,18 @@ def test_resume_refuses_cells_of_another_run(lvlm: Lvlm, out: Path, methods: lis
         measured(lvlm, "tiny", World(), other, out, cache, seed=5, resume=True)
 
 
-def test_methods_that_cannot_cut_the_model_are_refused_before_anything_is_measured(tmp_path: Path) -> None:
+def test_methods_that_cannot_prune_the_model_are_refused_before_anything_is_measured(tmp_path: Path) -> None:
     """Visual features enter the first layers of Qwen3-VL."""
     lvlm = Lvlm(make("qwen3_vl", torch.float32).model, processor_of("qwen3_vl"))
     lvlm.model.config.vision_config.deepstack_visual_indexes = [0, 1, 2]
     source = Jsonl(save_world(tmp_path, World(1)), "test")
-    rows = make_methods(["uniform", "fastv"], [2], None, None, False, seed=0)
-    with pytest.raises(ValueError, match=r"fastv cuts before layer .*; at least 3 layers of this model see all"):
-        Benchmark(lvlm, "tiny", source, rows, tmp_path / "out", tmp_path / "cache")
+    for name, why in (
+        ("fastv", "fastv cuts before layer .*; at least 3 layers of this model see all"),
+        ("visionzip", "visionzip needs cls_attention, tower_keys, which the tower of this Qwen3-VL does not give"),
+    ):
+        rows = make_methods(["uniform", name], [2], None, None, False, seed=0)
+        with pytest.raises(ValueError, match=why):
+            Benchmark(lvlm, "tiny", source, rows, tmp_path / "out", tmp_path / "cache")
     assert not (tmp_path / "out").exists()
 
 

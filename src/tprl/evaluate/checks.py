@@ -8,6 +8,7 @@ from tprl.data.sample import Source
 from tprl.evaluate.methods import Method
 from tprl.lvlm.in_model import check_first_cut
 from tprl.lvlm.model import Lvlm
+from tprl.lvlm.signals import tower_signals
 
 CELLS = "cells"
 """The folder of what was measured, in that of the results."""
@@ -52,6 +53,9 @@ def check_reach(lvlm: Lvlm, methods: Iterable[Method], visual_tokens: Collection
     ``visual_tokens``."""
     layers = lvlm.model.config.get_text_config().num_hidden_layers
     for method in methods:
+        if missing := method.needs - tower_signals(lvlm.model):
+            names = ", ".join(sorted(missing))
+            raise ValueError(f"{method.name} needs {names}, which the tower of this {lvlm.family.name} does not give")
         if method.in_model is not None:
             check_first_cut(lvlm.model, method.in_model)
         for count in visual_tokens:

@@ -159,6 +159,13 @@ def test_a_run_that_goes_on_elsewhere_is_left_alone(tmp_path: Path) -> None:
     RunFolder(tmp_path / "run", {}, resume=True)
 
 
+def test_a_run_that_got_no_further_than_its_lock_is_begun(tmp_path: Path) -> None:
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "lock").touch()
+    RunFolder(tmp_path / "run", {})
+    assert (tmp_path / "run" / "config.json").exists()
+
+
 def test_metrics_go_to_tensorboard_if_asked(tmp_path: Path) -> None:
     pytest.importorskip("tensorboard")
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator

@@ -43,6 +43,7 @@ from tprl.checkpoint import (
     with_prefix,
 )
 
+LOCK = "lock"
 KEPT_CHECKPOINTS = 2
 TIMES = ("seconds", "rollouts_per_second")
 """Metrics that differ from run to run."""
@@ -82,7 +83,7 @@ class RunFolder:
         folder = self.folder
         if resume and overwrite:
             raise ValueError("give one of --resume and --overwrite, not both")
-        if folder.exists() and any(folder.iterdir()):
+        if folder.exists() and any(path.name != LOCK for path in folder.iterdir()):
             if overwrite and not (folder / "config.json").is_file():
                 raise ValueError(f"{folder} holds no run, so --overwrite leaves it alone; give another folder")
             if not (resume or overwrite):
@@ -237,7 +238,7 @@ def _check_finite(run: RunFolder, stage: Stage, step: int, metrics: dict[str, fl
 
 def _locked(folder: Path) -> FileLock:
     """Keeps other processes out of a run for as long as it is referred to, however this process ends."""
-    lock = FileLock(folder / "lock", is_singleton=True)
+    lock = FileLock(folder / LOCK, thread_local=False, is_singleton=True)
     try:
         lock.acquire(timeout=0)
     except Timeout as error:

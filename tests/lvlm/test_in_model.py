@@ -408,6 +408,8 @@ def test_the_attention_of_gemma2_is_capped() -> None:
     ("phi", "it has no norm"),
     ("olmo2", "a layer has no input_layernorm"),
     ("gpt_oss", "its attention has sinks"),
+    ("olmo", "its queries and keys are clipped"),
+    ("hunyuan_v1_dense", "its queries are normalised behind their rotation"),
     ("cohere", "its rotary embedding is not Llama's"),
     ("glm", "its rotary embedding is not Llama's"),
     ("stablelm", "its rotary embedding is not Llama's"),
@@ -418,6 +420,8 @@ def test_a_decoder_that_is_not_read_as_llama_is_refused(kind: str, fault: str) -
     more = {
         "gpt_oss": {"num_local_experts": 2, "head_dim": 8},
         "glm": {"head_dim": 8},
+        "olmo": {"clip_qkv": 8.0},
+        "hunyuan_v1_dense": {"head_dim": 8, "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0}},
         "smollm3": {"no_rope_layers": [1, 0]},
     }
     model, batch = AutoModel.from_config(AutoConfig.for_model(kind, **SMALL, **more.get(kind, {}))), Batch()

@@ -98,6 +98,14 @@ def test_prompts_of_gemma_wrap_the_picture() -> None:
     assert model.prompts.ids("what") == ([1, 4, 52, 50, 60], [51, 52, 7, 6, 13, 5])
 
 
+def test_a_question_shows_no_picture_by_its_visual_tokens_either() -> None:
+    model, _ = lvlm("gemma3")
+    token = model.processor.tokenizer.convert_ids_to_tokens(model.model.config.image_token_id)
+    assert token != model.prompts.placeholder
+    with pytest.raises(ValueError, match=f"the question 'what {token}' contains '{token}'"):
+        model.prompts.check(f"what {token}")
+
+
 def test_prompts_that_cannot_be_split() -> None:
     model, _ = lvlm()
     with pytest.raises(ValueError, match="the question '<image> what' contains '<image>'"):

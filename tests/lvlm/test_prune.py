@@ -331,6 +331,27 @@ def test_a_second_turn_goes_on_from_the_cache(tiny: Tiny, positions: Any) -> Non
     assert gap(torch.stack(third.logits, 1), unhidden[:, whole - 1 :]) > FAR
 
 
+@pytest.mark.parametrize("name", ["llava", "gemma3", "paligemma"])
+def test_text_that_a_later_turn_hides_is_not_counted_as_the_whole_model_does_not(name: str) -> None:
+    tiny, seen = make(name), list[Tensor]()
+    tiny.model.get_decoder().register_forward_pre_hook(
+        lambda module, args, kwargs: seen.append(kwargs["position_ids"]), with_kwargs=True
+    )
+    inputs, new = tiny.batch([3, "I", 4], [1, "I", 2]), {"do_sample": False, "max_new_tokens": 1}
+
+    def places() -> Tensor:
+        first = tiny.model.generate(**inputs, **new, return_dict_in_generate=True)
+        turn = second_turn(inputs, first.sequences)
+        turn["attention_mask"][0, 1] = 0
+        seen.clear()
+        tiny.model.generate(**turn, past_key_values=first.past_key_values, **new)
+        return seen[0]
+
+    whole = places()
+    with prune(tiny.model, Norms(), budget=2):
+        assert torch.equal(places(), whole)
+
+
 @pytest.mark.parametrize("positions", ["original", "compact"])
 @pytest.mark.parametrize("name", ["qwen2_vl", "qwen2_5_vl", "qwen3_vl"])
 def test_two_dimensional_positions_go_on_from_the_cache(name: str, positions: Any) -> None:

@@ -58,7 +58,7 @@ def test_a_threshold_that_loses_more_than_is_allowed_is_said(monkeypatch: pytest
     [
         ({64: 0.75, 16: 0.5}, {64: 0.5, 16: 0.625}, 3.0),
         ({64: 0.75, 16: 0.5}, {64: 0.625, 16: 0.75}, 0.0),
-        ({64: 0.75, 16: 0.5}, {64: 0.5, 16: 0.75}, 3.0),
+        ({64: 0.3, 16: 0.0}, {64: 0.2, 16: 0.1}, 3.0),
     ],
     ids=["better with it", "better without it", "level"],
 )

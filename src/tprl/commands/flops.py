@@ -38,7 +38,7 @@ def flops(
     third, *fewer = (max(1, round(visual * ninths / 9)) for ninths in (3, 2, 1))
     if cache_bytes < 1:
         raise ValueError(f"--cache-bytes {cache_bytes} is not allowed; at least 1")
-    counts = parse_budgets(budgets) if budgets is not None else (third, *fewer)
+    counts = parse_budgets(budgets) if budgets is not None else tuple(dict.fromkeys((third, *fewer)))
     if wrong := [count for count in counts if count > visual]:
         raise ValueError(f"budgets {wrong} are not allowed; 1 to the picture's {visual} visual tokens")
     unpruned = lvlm_flops(model, visual, text_tokens, None, generated_tokens, visual)

@@ -121,6 +121,11 @@ def train(
         precision = choose_dtype(dtype, own_device)
         lvlm = open_lvlm(model, precision, own_device)
         start = TokenPruner.from_pretrained(init, lvlm.fingerprint) if init else None
+        if start is not None:
+            start.config = replace(start.config, novelty=settings.pruner.novelty)  # no weight depends on it
+            wanted = asdict(settings.pruner)
+            if other := [name for name in wanted if wanted[name] != getattr(start.config, name)]:
+                raise ValueError(f"the pruner in {init} has another {', '.join(other)} than is asked for")
         asked = {
             "model": model, "weights": weights_digest(lvlm), "processor": processor_digest(lvlm), "dtype": precision,
             "data": data, "val_data": val_data, "images": str(images) if images else None,
@@ -128,11 +133,6 @@ def train(
             "init": str(init) if init else None, "started_from": pruner_digest(start) if start else None,
             "preset": preset, "settings": asdict(settings),
         }  # fmt: skip
-        if start is not None:
-            wanted = asdict(settings.pruner)
-            start.config = replace(start.config, novelty=wanted["novelty"])  # no weight depends on it
-            if other := [name for name in wanted if wanted[name] != getattr(start.config, name)]:
-                raise ValueError(f"the pruner in {init} has another {', '.join(other)} than is asked for")
         folder = RunFolder(run, asked, resume, overwrite, tensorboard)
         run_training(folder, lvlm, sources, settings, names, start, cache or cache_folder())
         if processes.is_first():

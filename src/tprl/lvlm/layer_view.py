@@ -30,8 +30,13 @@ def unreadable(decoder: PreTrainedModel) -> list[str]:
     faults += [f"a layer has no {path}" for path in _READ if not all(_has(layer, path) for layer in layers)]
     if any(_has(layer, "self_attn.sinks") for layer in layers):
         faults.append("its attention has sinks")
+    if any(_has(layer, "self_attn.query_layernorm") for layer in layers):
+        faults.append("its queries are normalised behind their rotation")
+    if getattr(decoder.config, "clip_qkv", None) is not None:
+        faults.append("its queries and keys are clipped")
     if not faults:
-        rotates = all(getattr(layer.self_attn, "use_rope", True) and _rotates(layer.self_attn) for layer in layers)
+        rotates = all(getattr(layer.self_attn, "use_rope", True) for layer in layers)
+        rotates = rotates and all(map(_rotates, {type(layer.self_attn) for layer in layers}))
         buffers = cast(Any, decoder).rotary_emb.named_buffers()
         widths = {2 * len(frequencies) for name, frequencies in buffers if name.endswith("inv_freq")}
         if not rotates or widths != {layer.self_attn.head_dim for layer in layers}:
@@ -47,11 +52,11 @@ def _has(module: nn.Module, path: str) -> bool:
     return True
 
 
-def _rotates(attention: nn.Module) -> bool:
+def _rotates(attention: type[nn.Module]) -> bool:
     """Whether the code of an attention turns queries and keys by halves, as Llama's does."""
-    modules = [sys.modules[kind.__module__] for kind in type(attention).__mro__]
+    modules = [sys.modules[kind.__module__] for kind in attention.__mro__]
     rotate = next((module.rotate_half for module in modules if hasattr(module, "rotate_half")), None)
-    probe = torch.arange(4.0)
+    probe = torch.arange(4.0, device="cpu")
     return rotate is not None and torch.equal(rotate(probe), rotate_half(probe))
 
 

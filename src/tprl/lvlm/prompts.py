@@ -67,10 +67,9 @@ class Prompts:
 
     def check(self, question: str) -> None:
         """Raise ValueError for a question that shows a picture itself."""
-        if self.placeholder in question:
-            raise ValueError(
-                f"the question {question!r} contains {self.placeholder!r}, which is a picture; leave it out"
-            )
+        for shown in (self.placeholder, self._image_token):
+            if shown in question:
+                raise ValueError(f"the question {question!r} contains {shown!r}, which is a picture; leave it out")
 
     def _dialogue(self, question: str, answer: str | None) -> tuple[str, str]:
         """A prompt as it is tokenised, its picture as one placeholder, and the answer with the end of its turn."""

@@ -198,9 +198,9 @@ def _expand(
         short = shortened(model, {**kwargs, "input_ids": input_ids}, cut, pruning.positions)
         input_ids = short.pop("input_ids")
         kwargs = short
-        if past is not None and generation.inputs.get("position_ids") is None:
+        if past is not None and past.next_position.ndim == 3 and generation.inputs.get("position_ids") is None:
             # Qwen's own would go on from whichever prompt the model was given last
-            kwargs["position_ids"] = past.positions(kwargs["attention_mask"]) - family_of(model).first_position
+            kwargs["position_ids"] = past.positions(kwargs["attention_mask"])
     input_ids, kwargs = original(expand_size, is_encoder_decoder, input_ids, **kwargs)
     if cut is not None:
         if output is not None:

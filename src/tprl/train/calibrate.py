@@ -79,7 +79,7 @@ def choose_novelty(
     for weight, budget in track(list(product(accuracy, budgets)), "with and without novelty"):
         pruner.config = replace(pruner.config, novelty=weight)
         accuracy[weight] += one_shot(pruner, data, unpruned, budget, most=most).accuracy
-    pruner.config = replace(pruner.config, novelty=max(accuracy, key=lambda weight: accuracy[weight]))
+    pruner.config = replace(pruner.config, novelty=max(accuracy, key=lambda weight: round(accuracy[weight], 6)))
 
 
 def calibrate(pruner: TokenPruner, data: EncodedSamples, unpruned: Tensor, max_drop: float) -> OneShot:

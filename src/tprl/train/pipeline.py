@@ -11,13 +11,15 @@ import torch
 from tprl import processes
 from tprl.config import ImitateStage, PrunerConfig, TrainConfig
 from tprl.data.sample import Source
-from tprl.demonstrations import teacher_signals
+from tprl.demonstrations import make_teacher, teacher_signals
 from tprl.lvlm.cache import EncodedSamples
+from tprl.lvlm.in_model import check_first_cut
 from tprl.lvlm.layer_view import unreadable
 from tprl.lvlm.model import Lvlm
 from tprl.lvlm.signals import TOWER_SIGNALS, tower_signals
 from tprl.pruner import TokenPruner
 from tprl.run import RunFolder, Stage, fit
+from tprl.selectors import InModel
 from tprl.train import autoencoder, imitate, ppo
 from tprl.train.autoencoder import autoencoder_stage
 from tprl.train.calibrate import calibrate, choose_novelty, one_shot
@@ -117,10 +119,21 @@ def blind_teachers(lvlm: Lvlm, settings: ImitateStage) -> list[str]:
     given, needed = tower_signals(lvlm.model), teacher_signals(heuristics(settings))
     if not unreadable(cast(Any, lvlm.model).get_decoder()):
         given |= {"text_attention"}
-    blind = [name for name, needs in needed.items() if not needs <= given]
+    blind = [name for name, needs in needed.items() if not needs <= given or not _can_cut(lvlm, name)]
     if blind and len(blind) == len(needed):
         raise ValueError(f"teachers {', '.join(blind)} all need what this {lvlm.family.name} does not give")
     return blind
+
+
+def _can_cut(lvlm: Lvlm, teacher: str) -> bool:
+    """Whether a teacher that acts inside the language model can do so in this one; others need not."""
+    method = make_teacher(teacher, 0)
+    try:
+        if isinstance(method, InModel):
+            check_first_cut(lvlm.model, method)
+    except ValueError:
+        return False
+    return True
 
 
 def without_blind_teachers(lvlm: Lvlm, config: TrainConfig) -> TrainConfig:

@@ -20,7 +20,7 @@ from tprl import processes
 from tprl.data.sample import Source, samples_digest
 from tprl.evaluate.cell import Cell, score_pictures, score_questions
 from tprl.evaluate.checks import CELLS, check_budgets, check_out, check_reach
-from tprl.evaluate.flops import encoded_tokens, kv_cache_mib, language_flops, lvlm_flops
+from tprl.evaluate.flops import encoded_tokens, kv_cache_mib, lvlm_flops
 from tprl.evaluate.latency import measure_prefills, prompt_inputs
 from tprl.evaluate.methods import QUESTION_BLIND, Method, choice_flops
 from tprl.evaluate.provenance import commit, machine, pruner_digest, write_json
@@ -187,19 +187,18 @@ class Benchmark:
         return [self.encoded.visual_tokens(sample.image_id) for sample in self.source.samples]
 
     @cached_property
-    def _tower_flops(self) -> int:
-        """FLOPs of vision tower and projector, the mean over the samples' pictures; of ``COUNTED_PICTURES`` evenly
-        spaced from the smallest to the greatest, if there are more."""
-        config, ranked = self.lvlm.model.config, sorted(range(len(self.encoded)), key=lambda i: self._visual_tokens[i])
+    def _encoded_tokens(self) -> list[int]:
+        """What the vision tower makes of the samples' pictures; of ``COUNTED_PICTURES`` evenly spaced from the smallest
+        to the greatest, if there are more."""
+        ranked = sorted(range(len(self.encoded)), key=lambda i: self._visual_tokens[i])
         count = min(len(ranked), COUNTED_PICTURES)
         chosen = [ranked[(2 * place + 1) * len(ranked) // (2 * count)] for place in range(count)]
-        flops = {}
+        made = {}
         for i in chosen:
-            if (size := self._visual_tokens[i]) not in flops:
+            if (size := self._visual_tokens[i]) not in made:
                 inputs = prompt_inputs(self.lvlm, self.source, self.source.samples[i])
-                parts = lvlm_flops(config, 0, 1, encoded_tokens=encoded_tokens(config, inputs))
-                flops[size] = parts.vision + parts.projector
-        return round(fmean(flops[self._visual_tokens[i]] for i in chosen))
+                made[size] = encoded_tokens(self.lvlm.model.config, inputs)
+        return [made[self._visual_tokens[i]] for i in chosen]
 
     # --- results ---------------------------------------------------------------------------------------------
 
@@ -209,9 +208,11 @@ class Benchmark:
         text = fmean(self.encoded.text_tokens(i) for i in range(len(self.encoded)))
         total = round(fmean(cells["unpruned"].kept))
         counts = method.layer_counts(config.get_text_config().num_hidden_layers, total)
-        whole = self._tower_flops + language_flops(config, total, round(text))
+        encoded = self._encoded_tokens
+        whole = lvlm_flops(config, total, round(text), encoded_tokens=encoded).total
         entering = total if counts else round(kept)
-        flops = self._tower_flops + language_flops(config, entering, round(text), counts) + cell.selector_flops
+        pruned = lvlm_flops(config, entering, round(text), counts, encoded_tokens=encoded)
+        flops = pruned.total + cell.selector_flops
         return {
             **quality(method, cells, self.source.samples, self.seed),
             "flops": flops,

@@ -12,6 +12,7 @@ from copy import deepcopy
 from dataclasses import dataclass
 from functools import lru_cache
 from math import isqrt, prod
+from statistics import fmean
 from typing import Any
 
 import torch
@@ -49,7 +50,7 @@ def lvlm_flops(
     text_tokens: int,
     layer_counts: Sequence[int] | None = None,
     generated_tokens: int = 1,
-    encoded_tokens: int | None = None,
+    encoded_tokens: int | Sequence[int] | None = None,
 ) -> Flops:
     """FLOPs of answering one prompt.
 
@@ -62,35 +63,27 @@ def lvlm_flops(
             with a KV cache. The head is counted once for each.
         encoded_tokens: visual tokens that the tower makes, before newline tokens and unpadding; None is one picture
             of the size that the config names. Needed where a family takes pictures of any size; there one picture
-            as square as can be is counted.
+            as square as can be is counted. Of several numbers the mean is taken.
 
     Raises:
         ValueError: unknown family, a count out of range, ``layer_counts`` of another length than the decoder, or
             ``encoded_tokens`` that whole pictures do not give.
     """
-    language = language_flops(config, visual_tokens, text_tokens, layer_counts, generated_tokens)
-    tower = _tower(_key(config), *_pictures(config, encoded_tokens))
-    return Flops(tower.vision, tower.projector, language)
-
-
-def language_flops(
-    config: PreTrainedConfig,
-    visual_tokens: int,
-    text_tokens: int,
-    layer_counts: Sequence[int] | None = None,
-    generated_tokens: int = 1,
-) -> int:
-    """The language model's part of ``lvlm_flops``, whose arguments and errors these are."""
     if visual_tokens < 0 or text_tokens < 1 or generated_tokens < 1:
         raise ValueError(
             "need visual_tokens >= 0, text_tokens >= 1 and generated_tokens >= 1, "
             f"got {visual_tokens}, {text_tokens} and {generated_tokens}"
         )
-    costs = _language(_key(config))
+    key = _key(config)
+    costs = _language(key)
     counts = [visual_tokens] * len(costs.linear) if layer_counts is None else list(layer_counts)
     if len(counts) != len(costs.linear) or min(counts) < 0:
         raise ValueError(f"layer_counts has to give {len(costs.linear)} counts of at least 0, got {counts}")
-    return costs.flops([count + text_tokens for count in counts], generated_tokens)
+    sizes = encoded_tokens if isinstance(encoded_tokens, Sequence) else [encoded_tokens]
+    towers = [_tower(key, *_pictures(config, size)) for size in sizes]
+    vision, projector = fmean(tower.vision for tower in towers), fmean(tower.projector for tower in towers)
+    language = costs.flops([count + text_tokens for count in counts], generated_tokens)
+    return Flops(round(vision), round(projector), language)
 
 
 def text_tokens_at(

@@ -79,6 +79,7 @@ def choose_novelty(
     for weight, budget in track(list(product(accuracy, budgets)), "with and without novelty"):
         pruner.config = replace(pruner.config, novelty=weight)
         accuracy[weight] += one_shot(pruner, data, unpruned, budget, most=most).accuracy
+    # rounded, so that level answers are level, and the first wins
     pruner.config = replace(pruner.config, novelty=max(accuracy, key=lambda weight: round(accuracy[weight], 6)))
 
 

@@ -37,6 +37,18 @@ def test_length_and_moving() -> None:
     assert visual.tokens.device.type == "cpu"
 
 
+def test_splitting() -> None:
+    visual = visual_tokens([5, 3, 4], [3, 1, 2], 8)
+    visual.signals["cls_attention"] = torch.arange(15.0).view(3, 5)
+    parts = visual.split(2)
+    assert [len(part) for part in parts] == [2, 1]
+    for part, rows in zip(parts, (slice(0, 2), slice(2, 3)), strict=True):
+        own = {name: values[rows] for name, values in vars(visual).items() if name != "signals"}
+        assert part.signals.keys() == {"cls_attention"}
+        own["signals"] = {"cls_attention": visual.signals["cls_attention"][rows]}
+        torch.testing.assert_close(vars(part), own, rtol=0, atol=0)
+
+
 def test_nothing_is_reassigned() -> None:
     visual = visual_tokens([5, 3], [3, 1], 8)
     with pytest.raises(FrozenInstanceError):

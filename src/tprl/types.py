@@ -45,6 +45,16 @@ class VisualTokens:
     def __len__(self) -> int:
         return len(self.tokens)
 
+    def split(self, rows: int) -> list["VisualTokens"]:
+        """Of ``rows`` rows each, but for the last, in order."""
+        signals = {name: signal.split(rows) for name, signal in self.signals.items()}
+        values = (self.tokens, self.mask, self.coords, self.query, self.query_mask)
+        parts = zip(*(value.split(rows) for value in values), strict=True)
+        return [
+            VisualTokens(*part, signals={name: signal[number] for name, signal in signals.items()})
+            for number, part in enumerate(parts)
+        ]
+
     def to(self, device: torch.device | str) -> "VisualTokens":
         moved = {name: getattr(self, name).to(device) for name in ("tokens", "mask", "coords", "query", "query_mask")}
         return replace(self, **moved, signals={name: signal.to(device) for name, signal in self.signals.items()})

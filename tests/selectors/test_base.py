@@ -6,10 +6,11 @@ from itertools import product
 import pytest
 import torch
 from rows import alone, make, scattered
+from torch import Tensor
 
-from tprl.selectors import SELECTORS, make_selector
+from tprl.selectors import SELECTORS, Selector, make_selector
 from tprl.selectors.base import cosine, evenly, top
-from tprl.types import VisualTokens
+from tprl.types import Selection, VisualTokens
 
 SIZES = [(6, 6), (3, 5), (1, 1), (8, 9)]
 BUDGETS = [[1, 1, 1, 1], [7, 2, 1, 64], [30, 14, 1, 5], [36, 15, 1, 72]]
@@ -46,6 +47,26 @@ def test_what_is_real_does_matter(name: str) -> None:
     changed = replace(other, mask=visual.mask, coords=visual.coords)
     keep = [make_selector(name).select(v, budget).keep_mask for v in (visual, changed)]
     assert not torch.equal(*keep)
+
+
+@pytest.mark.parametrize("name", ["visionzip", "vispruner", "prumerge+", "divprune", "cdpruner"])
+def test_a_long_picture_takes_no_memory_for_every_other(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where all tokens of a row are compared with each other, few rows are at a time, and choose as they did."""
+    visual, budget = make([(9, 9), *[(2, 2)] * 6]), torch.tensor([20, 1, 2, 3, 1, 2, 3])
+    selector, sizes = make_selector(name), []
+    whole, select = selector.select(visual, budget), vars(type(selector))["_select"]
+
+    def seen(self: Selector, part: VisualTokens, budgets: Tensor) -> Selection:
+        sizes.append(len(part))
+        chosen: Selection = select(self, part, budgets)
+        return chosen
+
+    monkeypatch.setattr(type(selector), "_select", seen)
+    for rows, expected in ((3, [3, 3, 1]), (0, [1] * 7)):
+        monkeypatch.setattr("tprl.selectors.base.PAIRS_AT_ONCE", rows * 81**2)
+        torch.testing.assert_close(vars(selector.select(visual, budget)), vars(whole))
+        assert sizes == expected
+        sizes.clear()
 
 
 @pytest.mark.parametrize("name", SELECTORS)

@@ -8,8 +8,6 @@ import torch
 from rows import alone, make
 from torch import Tensor
 
-from tprl.selectors import make_selector
-from tprl.selectors.base import cosine
 from tprl.selectors.similarity import CDPruner, DivPrune
 from tprl.types import VisualTokens
 
@@ -145,25 +143,6 @@ def test_cdpruner_beyond_the_rank_of_the_tokens() -> None:
     volumes = [r[i].item() * math.sin(math.radians(angles[i].item())) for i in range(7)]
     assert pair == [0, max(range(7), key=volumes.__getitem__)] == [0, 3]
     assert kept(CDPruner().select(visual, torch.tensor([4])).keep_mask[0]) == [0, 1, 2, 3]
-
-
-@pytest.mark.parametrize("name", ["divprune", "cdpruner"])
-def test_a_long_picture_takes_no_memory_for_every_other(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    visual, budget = make([(9, 9), *[(2, 2)] * 6]), torch.tensor([20, 1, 2, 3, 1, 2, 3])
-    selector, sizes = make_selector(name), []
-    whole = selector.select(visual, budget).keep_mask
-
-    def compared(vectors: Tensor, mask: Tensor) -> Tensor:
-        sizes.append(len(vectors))
-        return cosine(vectors, mask)
-
-    monkeypatch.setattr("tprl.selectors.base.PAIRS_AT_ONCE", 3 * 81**2)
-    monkeypatch.setattr("tprl.selectors.similarity.cosine", compared)
-    assert torch.equal(selector.select(visual, budget).keep_mask, whole)
-    assert sizes == [3, 3, 1]
-    monkeypatch.setattr("tprl.selectors.base.PAIRS_AT_ONCE", 1)
-    assert torch.equal(selector.select(visual, budget).keep_mask, whole)
-    assert sizes[3:] == [1] * 7
 
 
 @pytest.mark.parametrize("sign", [1, -1])

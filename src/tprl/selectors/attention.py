@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from tprl.selectors.base import check, cosine, evenly, top, units
+from tprl.selectors.base import check, cosine, evenly, in_parts, top, units
 from tprl.types import Selection, VisualTokens
 
 
@@ -54,6 +54,9 @@ class VisionZip:
 
     def select(self, visual: VisualTokens, budget: Tensor) -> Selection:
         check(self, visual, budget)
+        return in_parts(self._select, visual, budget)
+
+    def _select(self, visual: VisualTokens, budget: Tensor) -> Selection:
         contextual = budget * 5 // 32
         dominant = top(visual.signals["cls_attention"], visual.mask, budget - contextual)
         targets = _spaced(visual.mask & ~dominant, contextual)
@@ -84,6 +87,9 @@ class VisPruner:
 
     def select(self, visual: VisualTokens, budget: Tensor) -> Selection:
         check(self, visual, budget)
+        return in_parts(self._select, visual, budget)
+
+    def _select(self, visual: VisualTokens, budget: Tensor) -> Selection:
         attention = visual.signals["cls_attention"]
         important = top(attention, visual.mask, budget // 2)
         rest = visual.mask & ~important
@@ -109,6 +115,9 @@ class PruMergePlus:
 
     def select(self, visual: VisualTokens, budget: Tensor) -> Selection:
         check(self, visual, budget)
+        return in_parts(self._select, visual, budget)
+
+    def _select(self, visual: VisualTokens, budget: Tensor) -> Selection:
         attention = visual.signals["cls_attention"].float().masked_fill(~visual.mask, 0)
         levels = attention.new_tensor([0.25, 0.75])
         first, third = attention.masked_fill(~visual.mask, torch.nan).nanquantile(levels, dim=1)[..., None]

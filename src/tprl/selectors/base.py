@@ -54,17 +54,17 @@ def check(selector: Selector, visual: VisualTokens, budget: Tensor) -> None:
         )
 
 
-def in_parts(keep: Callable[[VisualTokens, Tensor], Tensor], visual: VisualTokens, budget: Tensor) -> Tensor:
-    """``keep``, which compares all tokens of a row with each other, of as many rows at a time as ``PAIRS_AT_ONCE``
+def in_parts(select: Callable[[VisualTokens, Tensor], Selection], visual: VisualTokens, budget: Tensor) -> Selection:
+    """``select``, which compares all tokens of a row with each other, of as many rows at a time as ``PAIRS_AT_ONCE``
     allows: one long picture makes a batch wide, and square it would be large.
 
     Args:
-        keep: from some rows, without signals, and their budgets to what they keep, bool ``(b, N)``.
+        select: from some rows and their budgets to what they keep. All its selections have tokens or none has.
     """
     rows = max(1, PAIRS_AT_ONCE // visual.mask.shape[1] ** 2)
-    given = (visual.tokens, visual.mask, visual.coords, visual.query, visual.query_mask)
-    parts = [VisualTokens(*part) for part in zip(*(values.split(rows) for values in given), strict=True)]
-    return torch.cat([keep(part, budgets) for part, budgets in zip(parts, budget.split(rows), strict=True)])
+    chosen = [select(part, own) for part, own in zip(visual.split(rows), budget.split(rows), strict=True)]
+    changed = [selection.tokens for selection in chosen if selection.tokens is not None]
+    return Selection(torch.cat([selection.keep_mask for selection in chosen]), torch.cat(changed) if changed else None)
 
 
 def ranks(scores: Tensor, among: Tensor) -> Tensor:

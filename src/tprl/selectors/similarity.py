@@ -19,9 +19,9 @@ class DivPrune:
 
     def select(self, visual: VisualTokens, budget: Tensor) -> Selection:
         check(self, visual, budget)
-        return Selection(in_parts(self._keep, visual, budget))
+        return in_parts(self._select, visual, budget)
 
-    def _keep(self, visual: VisualTokens, budget: Tensor) -> Tensor:
+    def _select(self, visual: VisualTokens, budget: Tensor) -> Selection:
         distance = 1 - cosine(visual.tokens, visual.mask)
         rows = torch.arange(len(visual), device=budget.device)
         others = visual.mask[:, None] & ~torch.eye(visual.mask.shape[1], dtype=torch.bool, device=budget.device)
@@ -34,7 +34,7 @@ class DivPrune:
             gap = torch.minimum(gap, distance[rows, chosen])
             gap[rows, chosen] = -torch.inf
             chosen = gap.argmax(1)
-        return keep
+        return Selection(keep)
 
 
 class CDPruner:
@@ -56,9 +56,9 @@ class CDPruner:
 
     def select(self, visual: VisualTokens, budget: Tensor) -> Selection:
         check(self, visual, budget)
-        return Selection(in_parts(self._keep, visual, budget))
+        return in_parts(self._select, visual, budget)
 
-    def _keep(self, visual: VisualTokens, budget: Tensor) -> Tensor:
+    def _select(self, visual: VisualTokens, budget: Tensor) -> Selection:
         relevance = _relevance(visual)
         kernel = relevance[:, :, None] * cosine(visual.tokens, visual.mask) * relevance[:, None]
         floor = 1e-5 * relevance.square()
@@ -78,7 +78,7 @@ class CDPruner:
             # A row that ran out of tokens has no best one: it goes on with numbers that nobody reads.
             factor[:, step] = (kernel[rows, chosen] - known) / best.clamp(min=torch.finfo().tiny).sqrt()[:, None]
             gain = gain - factor[:, step].square()
-        return keep
+        return Selection(keep)
 
 
 def _relevance(visual: VisualTokens) -> Tensor:

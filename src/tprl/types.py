@@ -4,7 +4,9 @@
 real and True where kept.
 """
 
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from operator import itemgetter
 
 import torch
 from torch import Tensor
@@ -47,17 +49,14 @@ class VisualTokens:
 
     def split(self, rows: int) -> list["VisualTokens"]:
         """Of ``rows`` rows each, but for the last, in order."""
-        signals = {name: signal.split(rows) for name, signal in self.signals.items()}
-        values = (self.tokens, self.mask, self.coords, self.query, self.query_mask)
-        parts = zip(*(value.split(rows) for value in values), strict=True)
-        return [
-            VisualTokens(*part, signals={name: signal[number] for name, signal in signals.items()})
-            for number, part in enumerate(parts)
-        ]
+        return [self._each(itemgetter(slice(first, first + rows))) for first in range(0, len(self), rows)]
 
     def to(self, device: torch.device | str) -> "VisualTokens":
-        moved = {name: getattr(self, name).to(device) for name in ("tokens", "mask", "coords", "query", "query_mask")}
-        return replace(self, **moved, signals={name: signal.to(device) for name, signal in self.signals.items()})
+        return self._each(lambda values: values.to(device))
+
+    def _each(self, change: Callable[[Tensor], Tensor]) -> "VisualTokens":
+        changed = {name: change(getattr(self, name)) for name in ("tokens", "mask", "coords", "query", "query_mask")}
+        return VisualTokens(**changed, signals={name: change(signal) for name, signal in self.signals.items()})
 
 
 SIGNALS = {

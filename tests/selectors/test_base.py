@@ -8,9 +8,9 @@ import torch
 from rows import alone, make, scattered
 from torch import Tensor
 
-from tprl.selectors import SELECTORS, Selector, make_selector
-from tprl.selectors.base import cosine, evenly, top
-from tprl.types import Selection, VisualTokens
+from tprl.selectors import SELECTORS, make_selector
+from tprl.selectors.base import cosine, evenly, top, units
+from tprl.types import VisualTokens
 
 SIZES = [(6, 6), (3, 5), (1, 1), (8, 9)]
 BUDGETS = [[1, 1, 1, 1], [7, 2, 1, 64], [30, 14, 1, 5], [36, 15, 1, 72]]
@@ -53,15 +53,15 @@ def test_what_is_real_does_matter(name: str) -> None:
 def test_a_long_picture_takes_no_memory_for_every_other(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Where all tokens of a row are compared with each other, few rows are at a time, and choose as they did."""
     visual, budget = make([(9, 9), *[(2, 2)] * 6]), torch.tensor([20, 1, 2, 3, 1, 2, 3])
-    selector, sizes = make_selector(name), []
-    whole, select = selector.select(visual, budget), vars(type(selector))["_select"]
+    selector, sizes, compared = make_selector(name), [], units
+    whole = selector.select(visual, budget)
 
-    def seen(self: Selector, part: VisualTokens, budgets: Tensor) -> Selection:
-        sizes.append(len(part))
-        chosen: Selection = select(self, part, budgets)
-        return chosen
+    def seen(vectors: Tensor, mask: Tensor) -> Tensor:
+        sizes.append(len(vectors))
+        return compared(vectors, mask)
 
-    monkeypatch.setattr(type(selector), "_select", seen)
+    for module in ("base", "attention"):  # every comparison goes through ``units`` of the one or the other
+        monkeypatch.setattr(f"tprl.selectors.{module}.units", seen)
     for rows, expected in ((3, [3, 3, 1]), (0, [1] * 7)):
         monkeypatch.setattr("tprl.selectors.base.PAIRS_AT_ONCE", rows * 81**2)
         torch.testing.assert_close(vars(selector.select(visual, budget)), vars(whole))

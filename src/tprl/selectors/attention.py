@@ -52,11 +52,8 @@ class VisionZip:
     name = "visionzip"
     needs = frozenset({"cls_attention", "tower_keys"})
 
+    @in_parts
     def select(self, visual: VisualTokens, budget: Tensor) -> Selection:
-        check(self, visual, budget)
-        return in_parts(self._select, visual, budget)
-
-    def _select(self, visual: VisualTokens, budget: Tensor) -> Selection:
         contextual = budget * 5 // 32
         dominant = top(visual.signals["cls_attention"], visual.mask, budget - contextual)
         targets = _spaced(visual.mask & ~dominant, contextual)
@@ -85,11 +82,8 @@ class VisPruner:
     name = "vispruner"
     needs = frozenset({"cls_attention"})
 
+    @in_parts
     def select(self, visual: VisualTokens, budget: Tensor) -> Selection:
-        check(self, visual, budget)
-        return in_parts(self._select, visual, budget)
-
-    def _select(self, visual: VisualTokens, budget: Tensor) -> Selection:
         attention = visual.signals["cls_attention"]
         important = top(attention, visual.mask, budget // 2)
         rest = visual.mask & ~important
@@ -113,11 +107,8 @@ class PruMergePlus:
     needs = frozenset({"cls_attention", "tower_keys"})
     neighbours = 32
 
+    @in_parts
     def select(self, visual: VisualTokens, budget: Tensor) -> Selection:
-        check(self, visual, budget)
-        return in_parts(self._select, visual, budget)
-
-    def _select(self, visual: VisualTokens, budget: Tensor) -> Selection:
         attention = visual.signals["cls_attention"].float().masked_fill(~visual.mask, 0)
         levels = attention.new_tensor([0.25, 0.75])
         first, third = attention.masked_fill(~visual.mask, torch.nan).nanquantile(levels, dim=1)[..., None]

@@ -1,7 +1,8 @@
 """What a selector is, and the few operations that selectors share, each over a batch of rows with masks."""
 
 from collections.abc import Callable
-from typing import Protocol
+from functools import wraps
+from typing import Protocol, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -38,6 +39,9 @@ class Selector(Protocol):
         ...
 
 
+S = TypeVar("S", bound=Selector)
+
+
 def check(selector: Selector, visual: VisualTokens, budget: Tensor) -> None:
     """Raise ValueError unless ``selector`` can keep ``budget`` tokens of ``visual``."""
     missing = selector.needs - visual.signals.keys()
@@ -54,17 +58,20 @@ def check(selector: Selector, visual: VisualTokens, budget: Tensor) -> None:
         )
 
 
-def in_parts(select: Callable[[VisualTokens, Tensor], Selection], visual: VisualTokens, budget: Tensor) -> Selection:
-    """``select``, which compares all tokens of a row with each other, of as many rows at a time as ``PAIRS_AT_ONCE``
-    allows: one long picture makes a batch wide, and square it would be large.
+def in_parts(select: Callable[[S, VisualTokens, Tensor], Selection]) -> Callable[[S, VisualTokens, Tensor], Selection]:
+    """For a ``select`` that compares all tokens of a row with each other: checked, and given as few rows at a time as
+    ``PAIRS_AT_ONCE`` allows, since one long picture makes a batch wide, and square it would be large."""
 
-    Args:
-        select: from some rows and their budgets to what they keep. All its selections have tokens or none has.
-    """
-    rows = max(1, PAIRS_AT_ONCE // visual.mask.shape[1] ** 2)
-    chosen = [select(part, own) for part, own in zip(visual.split(rows), budget.split(rows), strict=True)]
-    changed = [selection.tokens for selection in chosen if selection.tokens is not None]
-    return Selection(torch.cat([selection.keep_mask for selection in chosen]), torch.cat(changed) if changed else None)
+    @wraps(select)
+    def parted(self: S, visual: VisualTokens, budget: Tensor) -> Selection:
+        check(self, visual, budget)
+        rows = max(1, PAIRS_AT_ONCE // visual.mask.shape[1] ** 2)
+        chosen = [select(self, part, own) for part, own in zip(visual.split(rows), budget.split(rows), strict=True)]
+        changed = [selection.tokens for selection in chosen if selection.tokens is not None]
+        keep_mask = torch.cat([selection.keep_mask for selection in chosen])
+        return Selection(keep_mask, torch.cat(changed) if changed else None)
+
+    return parted
 
 
 def ranks(scores: Tensor, among: Tensor) -> Tensor:

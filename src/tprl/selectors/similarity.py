@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor, nn
 
-from tprl.selectors.base import check, cosine, in_parts, units
+from tprl.selectors.base import cosine, in_parts, units
 from tprl.types import Selection, VisualTokens
 
 
@@ -17,11 +17,8 @@ class DivPrune:
     name = "divprune"
     needs: frozenset[str] = frozenset()
 
+    @in_parts
     def select(self, visual: VisualTokens, budget: Tensor) -> Selection:
-        check(self, visual, budget)
-        return in_parts(self._select, visual, budget)
-
-    def _select(self, visual: VisualTokens, budget: Tensor) -> Selection:
         distance = 1 - cosine(visual.tokens, visual.mask)
         rows = torch.arange(len(visual), device=budget.device)
         others = visual.mask[:, None] & ~torch.eye(visual.mask.shape[1], dtype=torch.bool, device=budget.device)
@@ -54,11 +51,8 @@ class CDPruner:
     needs: frozenset[str] = frozenset()
     reads_question = True
 
+    @in_parts
     def select(self, visual: VisualTokens, budget: Tensor) -> Selection:
-        check(self, visual, budget)
-        return in_parts(self._select, visual, budget)
-
-    def _select(self, visual: VisualTokens, budget: Tensor) -> Selection:
         relevance = _relevance(visual)
         kernel = relevance[:, :, None] * cosine(visual.tokens, visual.mask) * relevance[:, None]
         floor = 1e-5 * relevance.square()

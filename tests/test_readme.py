@@ -1,6 +1,7 @@
 """README and docs say what the results say."""
 
 import importlib.util
+import json
 from pathlib import Path
 from types import ModuleType
 
@@ -45,6 +46,17 @@ def test_what_novelty_is_worth_is_told_as_the_cells_of_two_folders_say(
     rounded = [f"{float(figure):.{places}f}" for figure in (points, *interval.strip("()").split(" to "))]
     assert rounded == [told.split()[0], *told.partition("(")[2].strip(")").split(" to ")]
     assert told in " ".join((ROOT / "docs" / "results.md").read_text().split())
+
+
+@pytest.mark.parametrize("row", ["demonstrations-only", "ppo-only", "no-question", "teacher-divprune", "no-novelty"])
+@pytest.mark.parametrize("budget", [64, 32])
+def test_what_parts_are_worth_is_told_as_the_ablation_says(row: str, budget: int) -> None:
+    rows = json.loads((ROOT / "results" / "ablation-novelty" / "ablation.json").read_text())["rows"]
+    (measured,) = [each for each in rows if each["row"] == row and each["budget"] == budget]
+    low, high = measured["difference_ci95"]
+    told = f"{-measured['difference_points']:z.1f} ({-high:z.1f} to {-low:z.1f})"
+    part = (ROOT / "docs" / "results.md").read_text().split("## What each part is worth")[1].split("## ")[0]
+    assert told in " ".join(part.split())
 
 
 def test_cells_about_other_questions_are_not_paired() -> None:

@@ -10,6 +10,7 @@ import pytest
 FLOORS = {
     "checkpoint": 0, "clock": 0, "config": 0, "draw": 0, "processes": 0, "progress": 0, "types": 0,
     "autoencoder": 1, "match": 1, "novelty": 1, "policy": 1, "rewards": 1, "scoring": 1, "selectors": 1,
+    "sizes": 1,
     "data": 2, "lvlm": 2,
     "demonstrations": 3, "env": 3, "pruner": 3, "run": 3,
     "api": 4, "evaluate": 4, "pocket": 4, "profiling": 4, "train": 4,

@@ -19,7 +19,7 @@ from tprl.pruner import TokenPruner
 from tprl.train import pipeline
 
 TOWER, LANGUAGE = 1000.0, 1.0
-POLICY = {"policy: latents", "policy: look", "policy: novelty"}
+POLICY = {"policy: latents", "policy: look", "policy: novelty", "policy: sizes"}
 CONFIG = TrainConfig(
     autoencoder=AutoencoderStage(pictures=2),
     imitate=ImitateStage(demonstrations=8, budgets=(8, 4), batch=4),

@@ -35,6 +35,7 @@ class PrunerShape:
         use_autoencoder: False lets the policy read the tokens themselves (an ablation).
         novelty: weight in a token's logit of what it shows that no likelier token shows, see ``tprl.novelty``; 0 leaves
             twins their places, and is set at the end of a training if validation samples are answered better so.
+        proportional: whether a kept token is attended to as the dropped ones that it stands for, see ``tprl.sizes``.
     """
 
     latent: int = 64
@@ -45,6 +46,7 @@ class PrunerShape:
     use_question: bool = True
     use_autoencoder: bool = True
     novelty: float = 2.0
+    proportional: bool = True
 
     def __post_init__(self) -> None:
         _at_least(1, self, ["latent", "autoencoder_hidden", "policy_hidden", "policy_layers", "policy_heads"])

@@ -19,6 +19,7 @@ from tprl.match import MATCHES, question_match
 from tprl.novelty import novelty
 from tprl.policy import Policy, PolicyOutput
 from tprl.selectors.base import check, top
+from tprl.sizes import sizes
 from tprl.types import Selection, VisualTokens
 
 WEIGHTS, CONFIG = "pruner.safetensors", "pruner.json"
@@ -114,7 +115,7 @@ class TokenPruner(nn.Module):
         """
         self._check(visual)
         check(self, visual, budget)
-        return Selection(top(self._logits(visual), visual.mask, budget))
+        return self._chosen(visual, top(self._logits(visual), visual.mask, budget))
 
     def select_above(self, visual: VisualTokens, threshold: float | None = None) -> Selection:
         """Every token whose keep probability exceeds ``threshold`` (the calibrated one unless given), and at least
@@ -129,12 +130,16 @@ class TokenPruner(nn.Module):
             raise ValueError(f"threshold must lie in [0, 1], got {threshold}")
         logits = self._logits(visual)
         best = torch.zeros_like(visual.mask).scatter(1, logits.argmax(1, keepdim=True), True)
-        return Selection(((logits.sigmoid() > threshold) | best) & visual.mask)
+        return self._chosen(visual, ((logits.sigmoid() > threshold) | best) & visual.mask)
 
     @torch.no_grad()
     def _logits(self, visual: VisualTokens) -> Tensor:
         """``chosen_by`` in one look. Tokens are ranked by these, since probabilities round to 1."""
         return self.chosen_by(self.encode(visual), visual, visual.mask)
+
+    def _chosen(self, visual: VisualTokens, keep_mask: Tensor) -> Selection:
+        tokens = self.normalise(visual.tokens)
+        return Selection(keep_mask, sizes=sizes(tokens, keep_mask, visual.mask) if self.config.proportional else None)
 
     def _check(self, visual: VisualTokens) -> None:
         if visual.tokens.shape[-1] != self.config.width:

@@ -71,7 +71,15 @@ SIGNALS = {
 
 @dataclass(frozen=True)
 class Selection:
-    """A selector's decision: bool ``keep_mask (B, N)`` and, from selectors that merge, the changed tokens."""
+    """A selector's decision.
+
+    Attributes:
+        keep_mask: bool ``(B, N)``, True where a token is kept.
+        tokens: float ``(B, N, D)``, the changed tokens, from selectors that merge.
+        sizes: float32 ``(B, N)``, at least 1: how many tokens a kept one stands for, itself among them, from selectors
+            that want it attended to as that many, see ``tprl.sizes``.
+    """
 
     keep_mask: Tensor
     tokens: Tensor | None = None
+    sizes: Tensor | None = None

@@ -1,7 +1,8 @@
 """The pruned model against the untouched one, family by family.
 
 The reference everywhere is the untouched model under a four-dimensional mask, built here from first principles, that
-hides the dropped tokens. Each equality stands beside controls that must fail.
+hides the dropped tokens and, where the selector gives sizes, adds their logarithms. Each equality stands beside
+controls that must fail.
 """
 
 import inspect
@@ -61,6 +62,21 @@ class Norms:
         return Selection(visual.mask & (norms / norms.amax(1, keepdim=True) > threshold))
 
 
+class Sized(Norms):
+    """As ``Norms``, and says what the kept tokens stand for.
+
+    Attributes:
+        bias: logarithms of the sizes that were given last, all pictures one after the other.
+    """
+
+    bias: Tensor
+
+    def select(self, visual: VisualTokens, budget: Tensor) -> Selection:
+        sizes = 1 + 9 * visual.tokens[..., 0].float().sin().square()
+        self.bias = sizes[visual.mask].log()
+        return Selection(super().select(visual, budget).keep_mask, sizes=sizes)
+
+
 class Reversed(Norms):
     """As ``Norms``, but gives the kept tokens back in the wrong order."""
 
@@ -97,7 +113,19 @@ def dropped(tiny: Tiny, pruning: Pruning, ids: Tensor) -> Tensor:
     return drop
 
 
-def reference(tiny: Tiny, inputs: dict[str, Tensor], hidden: Tensor, continuation: Tensor | None = None) -> Tensor:
+def biases(ids: Tensor, selector: Any) -> Tensor:
+    """What is added to attention to the columns of the whole prompt, ``(B, L)``."""
+    bias = torch.zeros(ids.shape)
+    return bias.masked_scatter(ids == IMAGE, selector.bias) if isinstance(selector, Sized) else bias
+
+
+def reference(
+    tiny: Tiny,
+    inputs: dict[str, Tensor],
+    hidden: Tensor,
+    continuation: Tensor | None = None,
+    bias: Tensor | None = None,
+) -> Tensor:
     """Logits ``(B, L + T, V)`` of the untouched model over a prompt and its continuation, ``hidden (B, L)`` unseen."""
     model, ids, mask = tiny.model, inputs["input_ids"], inputs["attention_mask"].bool()
     batch, length = ids.shape
@@ -124,7 +152,10 @@ def reference(tiny: Tiny, inputs: dict[str, Tensor], hidden: Tensor, continuatio
             if name in extra:
                 extra[name] = torch.nn.functional.pad(extra[name], (0, more))
     lowest = torch.finfo(model.dtype).min
-    additive = torch.zeros(allowed.shape, dtype=model.dtype).masked_fill(~allowed, lowest)[:, None]
+    additive = torch.zeros(allowed.shape, dtype=model.dtype)
+    if bias is not None:
+        additive[..., :length] += bias[:, None]
+    additive = additive.masked_fill(~allowed, lowest)[:, None]
     if tiny.name == "gemma3":
         extra.pop("token_type_ids")
         extra["attention_mask"] = {"full_attention": additive, "sliding_attention": additive}
@@ -148,18 +179,22 @@ def gap(one: Tensor, other: Tensor) -> float:
 @pytest.mark.parametrize("side", ["left", "right"])
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("name", NAMES)
-def test_prefill_equals_the_masked_model(name: str, mode: str, side: str) -> None:
+@pytest.mark.parametrize("selector", [Norms(), Sized()], ids=["kept", "sized"])
+def test_prefill_equals_the_masked_model(selector: Norms, name: str, mode: str, side: str) -> None:
     dtype, attention, close = MODES[mode]
     tiny = make(name, dtype, attention)
     inputs = tiny.batch(*BATCH, side=side)
-    with prune(tiny.model, Norms(), keep_ratio=0.4) as pruning:
+    with prune(tiny.model, selector, keep_ratio=0.4) as pruning:
         logits = tiny.model(**inputs).logits
     assert logits.shape[1] < inputs["input_ids"].shape[1]
-    hidden = dropped(tiny, pruning, inputs["input_ids"])
+    hidden, bias = dropped(tiny, pruning, inputs["input_ids"]), biases(inputs["input_ids"], selector)
     assert hidden.sum() == sum(count - max(1, round(count * 0.4)) for count in tiny.counts)
-    assert gap(*aligned(logits, reference(tiny, inputs, hidden), pruning)) < close
+    assert gap(*aligned(logits, reference(tiny, inputs, hidden, bias=bias), pruning)) < close
 
-    assert gap(*aligned(logits, reference(tiny, inputs, torch.zeros_like(hidden)), pruning)) > FAR
+    assert gap(*aligned(logits, reference(tiny, inputs, torch.zeros_like(hidden), bias=bias), pruning)) > FAR
+    if isinstance(selector, Sized):
+        assert gap(*aligned(logits, reference(tiny, inputs, hidden), pruning)) > FAR
+        return
     with prune(tiny.model, Norms(), keep_ratio=0.4, positions="compact") as pruning:
         compact = tiny.model(**inputs).logits
     assert gap(*aligned(compact, reference(tiny, inputs, hidden), pruning)) > FAR
@@ -180,25 +215,30 @@ def generated(tiny: Tiny, inputs: dict[str, Tensor], **options: Any) -> tuple[Te
 
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("name", NAMES)
-def test_decoding_equals_the_masked_model(name: str, mode: str) -> None:
+@pytest.mark.parametrize("selector", [Norms(), Sized()], ids=["kept", "sized"])
+def test_decoding_equals_the_masked_model(selector: Norms, name: str, mode: str) -> None:
     dtype, attention, close = MODES[mode]
     tiny = make(name, dtype, attention)
     inputs = tiny.batch(*BATCH)
-    with prune(tiny.model, Norms(), keep_ratio=0.4) as pruning:
+    with prune(tiny.model, selector, keep_ratio=0.4) as pruning:
         tokens, logits = generated(tiny, inputs)
         uncached = generated(tiny, inputs, use_cache=False)
         static = generated(tiny, inputs, cache_implementation="static")
-    hidden = dropped(tiny, pruning, inputs["input_ids"])
+    hidden, bias = dropped(tiny, pruning, inputs["input_ids"]), biases(inputs["input_ids"], selector)
     start = inputs["input_ids"].shape[1] - 1
-    expected = reference(tiny, inputs, hidden, tokens[:, :-1])[:, start:].float()
+    expected = reference(tiny, inputs, hidden, tokens[:, :-1], bias)[:, start:].float()
     close = max(close, 1e-5)
     assert gap(logits, expected) < close
     for other_tokens, other_logits in (uncached, static):
         assert torch.equal(other_tokens, tokens)
         assert gap(other_logits, logits) < close
 
-    unhidden = reference(tiny, inputs, torch.zeros_like(hidden), tokens[:, :-1])[:, start:].float()
+    unhidden = reference(tiny, inputs, torch.zeros_like(hidden), tokens[:, :-1], bias)[:, start:].float()
     assert (logits - unhidden).abs().amax((0, 2)).min() > FAR
+    if isinstance(selector, Sized):
+        unsized = reference(tiny, inputs, hidden, tokens[:, :-1])[:, start:].float()
+        assert (logits - unsized).abs().amax((0, 2)).min() > FAR
+        return
     with prune(tiny.model, Norms(), keep_ratio=0.4, positions="compact"):
         _, compact = generated(tiny, inputs)
     assert gap(compact[:, 0], expected[:, 0]) > FAR
@@ -236,7 +276,7 @@ def test_what_is_kept_whole_may_be_changed_all_the_same() -> None:
 @pytest.mark.parametrize("side", ["left", "right"])
 def test_a_ragged_batch_equals_each_sample_alone(tiny: Tiny, side: str) -> None:
     inputs = tiny.batch(*BATCH, side=side)
-    with prune(tiny.model, Norms(), keep_ratio=0.4) as pruning:
+    with prune(tiny.model, Sized(), keep_ratio=0.4) as pruning:
         together = tiny.model(**inputs).logits
         mask = pruning.cut.mask if pruning.cut else None
         assert mask is not None
@@ -266,7 +306,7 @@ def test_padding_stays_on_its_side(side: str, real: int) -> None:
 
 
 def test_right_padding_is_decoded_rightly(tiny: Tiny) -> None:
-    with prune(tiny.model, Norms(), keep_ratio=0.4):
+    with prune(tiny.model, Sized(), keep_ratio=0.4):
         right, left = (generated(tiny, tiny.batch(*BATCH, side=side)) for side in ("right", "left"))
     assert torch.equal(right[0], left[0])
     assert gap(right[1], left[1]) < 1e-5
@@ -276,7 +316,7 @@ def test_beams_and_several_sequences_equal_each_sample_alone(tiny: Tiny) -> None
     options = {"num_beams": 3, "num_return_sequences": 2, "do_sample": False, "max_new_tokens": 4}
     inputs = tiny.batch(*BATCH)
     length = inputs["input_ids"].shape[1]
-    with prune(tiny.model, Norms(), keep_ratio=0.4):
+    with prune(tiny.model, Sized(), keep_ratio=0.4):
         together = tiny.model.generate(**inputs, **options)
         assert torch.equal(together[:, :length], inputs["input_ids"].repeat_interleave(2, 0))
         first = 0
@@ -304,7 +344,7 @@ def test_a_second_turn_goes_on_from_the_cache(tiny: Tiny, positions: Any) -> Non
     """The second turn on the cache equals one call that is given the whole conversation."""
     inputs = tiny.batch(*BATCH)
     options = {"do_sample": False, "max_new_tokens": 4, "return_dict_in_generate": True, "output_logits": True}
-    with prune(tiny.model, Norms(), keep_ratio=0.4, positions=positions) as pruning:
+    with prune(tiny.model, Sized(), keep_ratio=0.4, positions=positions) as pruning:
         first = tiny.model.generate(**inputs, **options)
         turn = second_turn(inputs, first.sequences)
         second = tiny.model.generate(**turn, past_key_values=deepcopy(first.past_key_values), **options)
@@ -322,12 +362,13 @@ def test_a_second_turn_goes_on_from_the_cache(tiny: Tiny, positions: Any) -> Non
     if positions == "compact":
         return
     hidden = dropped(tiny, pruning, inputs["input_ids"])
+    bias = biases(inputs["input_ids"], pruning.selector)
     whole = third_turn["input_ids"].shape[1]
     continuation = third.sequences[:, inputs["input_ids"].shape[1] : -1]
-    expected = reference(tiny, inputs, hidden, continuation).float()
+    expected = reference(tiny, inputs, hidden, continuation, bias).float()
     assert gap(torch.stack(second.logits, 1), expected[:, new - 1 : new + 3]) < 1e-5
     assert gap(torch.stack(third.logits, 1), expected[:, whole - 1 :]) < 1e-5
-    unhidden = reference(tiny, inputs, torch.zeros_like(hidden), continuation).float()
+    unhidden = reference(tiny, inputs, torch.zeros_like(hidden), continuation, bias).float()
     assert gap(torch.stack(third.logits, 1), unhidden[:, whole - 1 :]) > FAR
 
 
@@ -385,7 +426,7 @@ def test_two_dimensional_positions_go_on_from_the_cache(name: str, positions: An
 def test_a_hand_written_loop_goes_on_from_the_cache(tiny: Tiny, side: str) -> None:
     inputs = tiny.batch(*BATCH, side=side)
     continuation = torch.randint(5, 39, (3, 3), generator=torch.Generator().manual_seed(1))
-    with prune(tiny.model, Norms(), keep_ratio=0.4) as pruning:
+    with prune(tiny.model, Sized(), keep_ratio=0.4) as pruning:
         outputs = tiny.model(**inputs, use_cache=True)
         cache, mask, steps = outputs.past_key_values, inputs["attention_mask"], []
         for step in range(3):
@@ -395,36 +436,39 @@ def test_a_hand_written_loop_goes_on_from_the_cache(tiny: Tiny, side: str) -> No
             steps.append(tiny.model(input_ids=token, past_key_values=cache, use_cache=True, **given).logits)
     left = tiny.batch(*BATCH)
     if side == "right":
-        with prune(tiny.model, Norms(), keep_ratio=0.4) as pruning:
+        with prune(tiny.model, Sized(), keep_ratio=0.4) as pruning:
             tiny.model(**left)
     hidden = dropped(tiny, pruning, left["input_ids"])
-    expected = reference(tiny, left, hidden, continuation)[:, -3:]
+    bias = biases(left["input_ids"], pruning.selector)
+    expected = reference(tiny, left, hidden, continuation, bias)[:, -3:]
     assert gap(torch.cat(steps, 1), expected) < 1e-9
-    unhidden = reference(tiny, left, torch.zeros_like(hidden), continuation)[:, -3:]
+    unhidden = reference(tiny, left, torch.zeros_like(hidden), continuation, bias)[:, -3:]
     assert gap(torch.cat(steps, 1), unhidden) > FAR
 
 
 def test_a_hand_written_step_goes_on_from_what_generate_left(tiny: Tiny) -> None:
     inputs = tiny.batch(*BATCH)
     length = inputs["input_ids"].shape[1]
-    with prune(tiny.model, Norms(), keep_ratio=0.4) as pruning:
+    with prune(tiny.model, Sized(), keep_ratio=0.4) as pruning:
         answer = tiny.model.generate(**inputs, max_new_tokens=4, do_sample=False, return_dict_in_generate=True)
         cache, said = answer.past_key_values, answer.sequences[:, length:]
         logits = tiny.model(input_ids=said[:, -1:], past_key_values=cache).logits
     hidden = dropped(tiny, pruning, inputs["input_ids"])
-    assert gap(logits, reference(tiny, inputs, hidden, said)[:, -1:]) < 1e-9
+    bias = biases(inputs["input_ids"], pruning.selector)
+    assert gap(logits, reference(tiny, inputs, hidden, said, bias)[:, -1:]) < 1e-9
 
 
 def test_labels_give_the_masked_models_loss(tiny: Tiny) -> None:
     inputs = tiny.batch(*BATCH)
     labels = torch.full_like(inputs["input_ids"], -100)
     labels[:, -3:] = inputs["input_ids"][:, -3:]
-    with prune(tiny.model, Norms(), keep_ratio=0.4) as pruning:
+    with prune(tiny.model, Sized(), keep_ratio=0.4) as pruning:
         loss = tiny.model(**inputs, labels=labels).loss
-    logits = reference(tiny, inputs, dropped(tiny, pruning, inputs["input_ids"]))[:, -4:-1].flatten(0, 1)
+    hidden, bias = dropped(tiny, pruning, inputs["input_ids"]), biases(inputs["input_ids"], pruning.selector)
+    logits = reference(tiny, inputs, hidden, bias=bias)[:, -4:-1].flatten(0, 1)
     expected = torch.nn.functional.cross_entropy(logits, labels[:, -3:].flatten())
     assert gap(loss, expected) < 1e-5
-    unhidden = reference(tiny, inputs, torch.zeros_like(labels).bool())[:, -4:-1].flatten(0, 1)
+    unhidden = reference(tiny, inputs, torch.zeros_like(hidden), bias=bias)[:, -4:-1].flatten(0, 1)
     assert gap(loss, torch.nn.functional.cross_entropy(unhidden, labels[:, -3:].flatten())) > 1e-3
 
 
@@ -876,7 +920,7 @@ def test_a_new_turn_given_alone_may_be_longer_than_the_prompt_before_it(new: int
     tiny = make("llava")
     prompt = tiny.batch([3, "I", 9])
     more = torch.randint(5, 39, (1, new), generator=torch.Generator().manual_seed(3))
-    with prune(tiny.model, Norms(), keep_ratio=0.4):
+    with prune(tiny.model, Sized(), keep_ratio=0.4):
         first = tiny.model.generate(**prompt, **GREEDY, return_dict_in_generate=True)
         whole = torch.cat([first.sequences, more], 1)
         mask, alone = torch.ones_like(whole), torch.cat([first.sequences[:, -1:], more], 1)
@@ -889,7 +933,7 @@ def test_a_new_turn_given_alone_may_be_longer_than_the_prompt_before_it(new: int
 def test_a_continuation_may_give_its_own_positions(tiny: Tiny) -> None:
     """Position ids of the whole prompt are those that a cache goes on with, beside a mask of the whole prompt."""
     inputs = tiny.batch(*BATCH)
-    with prune(tiny.model, Norms(), keep_ratio=0.4):
+    with prune(tiny.model, Sized(), keep_ratio=0.4):
         cache = tiny.model(**inputs, use_cache=True).past_key_values
         mask = torch.nn.functional.pad(inputs["attention_mask"], (0, 1), value=1)
         more = {"input_ids": torch.tensor([[10], [11], [12]]), "attention_mask": mask}
@@ -904,7 +948,7 @@ def test_a_continuation_may_give_its_own_positions(tiny: Tiny) -> None:
 def test_a_cache_goes_on_with_as_many_copies_of_its_prompts_as_it_has() -> None:
     tiny = make("llava")
     questions = torch.tensor([[7, 8, 9], [11, 12, 13]])
-    with prune(tiny.model, Norms(), keep_ratio=0.4):
+    with prune(tiny.model, Sized(), keep_ratio=0.4):
         cache = tiny.model(**tiny.batch([3, "I", 9]), use_cache=True).past_key_values
         alone = [tiny.model(input_ids=row[None], past_key_values=deepcopy(cache)).logits for row in questions]
         cache.batch_repeat_interleave(2)
@@ -919,7 +963,7 @@ def test_a_cache_goes_on_with_as_many_copies_of_its_prompts_as_it_has() -> None:
 def test_copies_of_several_prompts_go_on_where_each_of_these_stands(name: str) -> None:
     tiny = make(name)
     more = torch.tensor([[7, 8, 9], [11, 12, 13], [7, 9, 8], [13, 12, 11]])
-    with prune(tiny.model, Norms(), keep_ratio=0.4):
+    with prune(tiny.model, Sized(), keep_ratio=0.4):
         cache = tiny.model(**tiny.batch([3, "I", 9], [1, "I", 2]), use_cache=True).past_key_values
         once = [tiny.model(input_ids=more[own], past_key_values=deepcopy(cache)).logits for own in ([0, 2], [1, 3])]
         cache.batch_repeat_interleave(2)
@@ -932,7 +976,7 @@ def test_a_cache_that_was_cropped_behind_its_picture_goes_on(tiny: Tiny) -> None
     inputs = tiny.batch([3, "I", 9], [1, "I", 9])
     length = inputs["input_ids"].shape[1] - 4
     start = {name: part[:, :length] if part.shape[:2] == (2, length + 4) else part for name, part in inputs.items()}
-    with prune(tiny.model, Norms(), keep_ratio=0.4) as pruning:
+    with prune(tiny.model, Sized(), keep_ratio=0.4) as pruning:
         cache = tiny.model(**inputs, use_cache=True).past_key_values
         cache.crop(-4)
         answers = []
@@ -956,10 +1000,11 @@ def test_a_cache_that_was_cropped_behind_its_picture_goes_on(tiny: Tiny) -> None
         ):
             tiny.model(input_ids=more, past_key_values=cache)
     hidden = dropped(tiny, pruning, inputs["input_ids"])[:, :length]
+    bias = biases(start["input_ids"], pruning.selector)
     for continuation, logits, steps in answers:
         if tiny.name == "paligemma":
             continue  # what was cut off its question has been seen by what is left
-        expected = reference(tiny, start, hidden, continuation)[:, length:]
+        expected = reference(tiny, start, hidden, continuation, bias)[:, length:]
         assert gap(logits, expected[:, : logits.shape[1]]) < 1e-9
         assert gap(steps, expected[:, logits.shape[1] - 1 :].float()) < 1e-5
 
@@ -1044,7 +1089,7 @@ def test_what_the_caller_gives_generate_sees_whole_sequences(tiny: Tiny) -> None
 def test_calls_of_several_threads_do_not_mix() -> None:
     tiny = make("llava")
     prompts = [tiny.batch([3, "I", 9]), tiny.batch([1, "I", 2, "I", 5]), tiny.batch([7])]
-    with prune(tiny.model, Norms(), keep_ratio=0.4):
+    with prune(tiny.model, Sized(), keep_ratio=0.4):
         wanted = [tiny.model.generate(**prompt, **GREEDY) for prompt in prompts]
 
         def ask(number: int) -> Tensor:

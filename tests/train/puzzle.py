@@ -50,6 +50,7 @@ class Puzzle:
         keep_mask: Tensor,
         within: None = None,
         pictures: Tensor | None = None,
+        sizes: Tensor | None = None,
     ) -> AnswerScores:
         assert pictures is None or torch.equal(tokens[pictures], self.visual(indices).tokens)
         found = keep_mask.gather(1, self.place(indices)[:, None])[:, 0]

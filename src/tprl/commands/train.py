@@ -43,6 +43,7 @@ PAPER = TrainConfig(
     ),
     PrunerShape(
         latent=256, autoencoder_hidden=512, policy_hidden=256, policy_layers=2, policy_heads=8, novelty=0.0,
+        proportional=False,
     ),
     samples=50_000,
 )  # fmt: skip
@@ -122,7 +123,8 @@ def train(
         lvlm = open_lvlm(model, precision, own_device)
         start = TokenPruner.from_pretrained(init, lvlm.fingerprint) if init else None
         if start is not None:
-            start.config = replace(start.config, novelty=settings.pruner.novelty)  # no weight depends on it
+            told = settings.pruner
+            start.config = replace(start.config, novelty=told.novelty, proportional=told.proportional)  # not learnt
             wanted = asdict(settings.pruner)
             if other := [name for name in wanted if wanted[name] != getattr(start.config, name)]:
                 raise ValueError(f"the pruner in {init} has another {', '.join(other)} than is asked for")

@@ -53,7 +53,7 @@ def score_questions(encoded: EncodedSamples, method: Method, title: str) -> Cell
         visual = encoded.visual(indices)
         selection = method.select(visual)
         tokens = visual.tokens if selection.tokens is None else selection.tokens
-        scores[indices] = encoded.accuracy(indices, tokens, selection.keep_mask, method.within)
+        scores[indices] = encoded.accuracy(indices, tokens, selection.keep_mask, method.within, sizes=selection.sizes)
         counts = selection.keep_mask.sum(1).tolist()
         seen = [fmean(method.layer_counts(layers, count) or [count]) for count in counts]
         kept[indices] = torch.tensor(seen, dtype=torch.float64)

@@ -8,7 +8,6 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from tprl.evaluate.flops import module_flops
 from tprl.lvlm.cache import EncodedSamples
 from tprl.lvlm.score import Within
 from tprl.pruner import TokenPruner
@@ -117,8 +116,6 @@ def count_choice(method: Method, visual: VisualTokens, prefill: Callable[[Within
         visual: of batch 1, with the signals that the method needs.
         prefill: runs the language model on the prompt, pruned inside as it is told.
     """
-    if method.pruner is not None:
-        return module_flops(method.pruner, visual.to("cpu"), method="keep_probs")
     if method.within is not None:
         counted = Counted(method.within.method)
         prefill(Within(counted, method.within.budget))

@@ -155,6 +155,7 @@ class EncodedSamples:
         keep_mask: Tensor,
         within: Within | None = None,
         pictures: Tensor | None = None,
+        sizes: Tensor | None = None,
     ) -> AnswerScores:
         """Scores of the reference answers of samples ``indices`` from the kept tokens. Samples that look at the same
         tokens of one picture share a row, unless ``within`` is given.
@@ -164,6 +165,7 @@ class EncodedSamples:
             keep_mask: bool ``(B, N)``.
             within: drops more tokens inside the language model.
             pictures: int64 ``(B,)``, the row of ``tokens`` that each sample looks at; each has its own where None.
+            sizes: ``(B, N)`` of the kept tokens, see ``tprl.types.Selection``; the same for those that share a row.
         """
         given = list(range(len(indices))) if pictures is None else pictures.tolist()
         bits = np.packbits(keep_mask.cpu().numpy(), axis=1)
@@ -176,7 +178,8 @@ class EncodedSamples:
         blocks = [[self.block(indices[place]) for place in places] for places in rows]
         looked_at = torch.tensor([given[place] for place in first], dtype=torch.int64)
         prefix = self.prefix([indices[place] for place in first], tokens.shape[1] > 0)
-        scores = self.scorer.score(prefix, tokens, keep_mask[first], blocks, within, looked_at)
+        own = None if sizes is None else sizes[first]
+        scores = self.scorer.score(prefix, tokens, keep_mask[first], blocks, within, looked_at, own)
         back = torch.tensor([place for places in rows for place in places], dtype=torch.int64).argsort()
         return AnswerScores(scores.log_prob[back], scores.correct[back])
 
@@ -187,6 +190,7 @@ class EncodedSamples:
         keep_mask: Tensor,
         within: Within | None = None,
         pictures: Tensor | None = None,
+        sizes: Tensor | None = None,
     ) -> Tensor:
         """How right the greedy answers to samples ``indices`` are, see ``tprl.scoring.score``; arguments of ``score``.
 
@@ -202,17 +206,24 @@ class EncodedSamples:
         told = torch.tensor([self._one_text(i) for i in indices], dtype=torch.bool)
         if bool(told.any()):
             chosen = [i for i in indices if self._one_text(i)]
-            result[told] = self.score(chosen, tokens, keep_mask[told], within, pictures[told]).correct.float()
+            own = None if sizes is None else sizes[told]
+            result[told] = self.score(chosen, tokens, keep_mask[told], within, pictures[told], own).correct.float()
         asked = result == 0
         if bool(asked.any()):
             chosen = [i for i, ask in zip(indices, asked.tolist(), strict=True) if ask]
-            answers = self.answers(chosen, tokens[pictures[asked]], keep_mask[asked], within)
+            own = None if sizes is None else sizes[asked]
+            answers = self.answers(chosen, tokens[pictures[asked]], keep_mask[asked], within, own)
             scores = [score(self.samples[i], answer) for i, answer in zip(chosen, answers, strict=True)]
             result[asked] = torch.tensor(scores)
         return result
 
     def answers(
-        self, indices: Sequence[int], tokens: Tensor, keep_mask: Tensor, within: Within | None = None
+        self,
+        indices: Sequence[int],
+        tokens: Tensor,
+        keep_mask: Tensor,
+        within: Within | None = None,
+        sizes: Tensor | None = None,
     ) -> list[str]:
         """The greedy answers to samples ``indices`` as texts, one row each.
 
@@ -220,10 +231,12 @@ class EncodedSamples:
             tokens: ``(B, N, D)``.
             keep_mask: bool ``(B, N)``.
             within: drops more tokens inside the language model.
+            sizes: ``(B, N)`` of the kept tokens.
         """
         prompts = [block.ids[: block.answer_start] for block in map(self.block, indices)]
         prefix = self.prefix(indices, tokens.shape[1] > 0)
-        ids = self.scorer.generate(prefix, tokens, keep_mask, prompts, self.lvlm.prompts.end_id, ANSWER_LIMIT, within)
+        end = self.lvlm.prompts.end_id
+        ids = self.scorer.generate(prefix, tokens, keep_mask, prompts, end, ANSWER_LIMIT, within, sizes)
         tokenizer = cast(Any, self.lvlm.processor).tokenizer
         return [tokenizer.decode(answer, skip_special_tokens=True) for answer in ids]
 

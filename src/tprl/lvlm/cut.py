@@ -24,11 +24,14 @@ class Cut:
         index: int64 ``(B, L')``, the column of the whole prompt that each column of the short one comes from.
         mask: bool ``(B, L')``, True where a column is not padding.
         length: ``L``, of the whole prompt.
+        bias: float32 ``(B, L')`` or narrower, what is added to the logits of attention to the first columns: logarithms
+            of the sizes of visual tokens, see ``tprl.types.Selection``; None where there are none.
     """
 
     index: Tensor
     mask: Tensor
     length: int
+    bias: Tensor | None = None
 
     @property
     def source(self) -> Tensor:
@@ -56,11 +59,13 @@ class Cut:
                 "a pruned model's cache can be cropped behind its pictures only, with prompts padded on the left; "
                 "start again without it"
             )
-        return replace(self, index=self.index[:, :left], mask=self.mask[:, :left], length=length)
+        bias = None if self.bias is None else self.bias[:, :left]
+        return replace(self, index=self.index[:, :left], mask=self.mask[:, :left], length=length, bias=bias)
 
     def repeated(self, times: int) -> Self:
         index, mask = self.index.repeat_interleave(times, 0), self.mask.repeat_interleave(times, 0)
-        return replace(self, index=index, mask=mask)
+        bias = None if self.bias is None else self.bias.repeat_interleave(times, 0)
+        return replace(self, index=index, mask=mask, bias=bias)
 
     def _columns(self, start: int, end: int) -> Tensor:
         return torch.arange(start, end, device=self.index.device).expand(len(self.index), -1)
@@ -69,18 +74,20 @@ class Cut:
 @dataclass(frozen=True)
 class Choice:
     """What to keep of the visual tokens of a batch, all pictures one after the other: bool ``keep (T,)``, their values
-    ``(T, D)``, and how many each sample has."""
+    ``(T, D)``, how many each sample has, and float32 ``sizes (T,)``, see ``tprl.types.Selection``."""
 
     keep: Tensor
     tokens: Tensor
     counts: list[int]
+    sizes: Tensor | None = None
 
 
 def cut_of(model: PreTrainedModel, inputs: Mapping[str, Any], choice: Choice, right: bool = False) -> Cut:
     """Kept tokens in their order, padded to the longest row on the left, or on the ``right``."""
     ids = inputs["input_ids"]
-    keep = torch.ones_like(ids, dtype=torch.bool)
-    keep[ids == model.config.image_token_id] = choice.keep.to(ids.device)
+    visual = ids == model.config.image_token_id
+    keep = torch.ones_like(visual)
+    keep[visual] = choice.keep.to(ids.device)
     if (mask := inputs.get("attention_mask")) is not None:
         keep &= mask.bool()
     longest = int(keep.sum(1).max())
@@ -88,7 +95,11 @@ def cut_of(model: PreTrainedModel, inputs: Mapping[str, Any], choice: Choice, ri
         index = keep.int().argsort(dim=1, descending=True, stable=True)[:, :longest]
     else:
         index = keep.int().argsort(dim=1, stable=True)[:, -longest:]
-    return Cut(index, keep.gather(1, index), ids.shape[1])
+    bias = None
+    if choice.sizes is not None:
+        bias = torch.zeros(ids.shape, device=ids.device).masked_scatter(visual, choice.sizes.log().to(ids.device))
+        bias = bias.gather(1, index)
+    return Cut(index, keep.gather(1, index), ids.shape[1], bias)
 
 
 def shortened(model: PreTrainedModel, inputs: Mapping[str, Any], cut: Cut, positions: Positions) -> dict[str, Any]:

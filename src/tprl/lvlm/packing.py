@@ -85,6 +85,13 @@ class Packed:
     visual: Tensor
     start: Tensor
 
+    def bias(self, sizes: Tensor | None) -> Tensor | None:
+        """What makes attention proportional to the ``sizes (K,)`` of all rows' visual tokens in reading order: their
+        logarithms, 0 at other tokens, float32 ``(B, L)``."""
+        if sizes is None:
+            return None
+        return torch.zeros(self.visual.shape, device=sizes.device).masked_scatter(self.visual, sizes.log())
+
     def to(self, device: torch.device) -> "Packed":
         tensors = {field.name: getattr(self, field.name) for field in fields(self) if field.name != "start"}
         return replace(self, **{name: tensor.to(device) for name, tensor in tensors.items()})

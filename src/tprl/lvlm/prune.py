@@ -5,7 +5,8 @@ pictures are encoded, ``generate`` keeps lengths and the returned prompt as they
 ``_merge_criteria_processor_list``, by which it adds the caller's processors and criteria to its own, lets those see the
 whole prompt. Positions, masks and caches are then those of an ordinary, shorter prompt, except that by default every
 token keeps the position id that it had (``positions="original"``), so that the pruned model computes exactly what the
-whole one would compute if nobody could attend to the dropped tokens.
+whole one would compute if nobody could attend to the dropped tokens. Kept tokens of which the selector says how many
+they stand for are attended to in proportion to that.
 """
 
 from collections.abc import Callable, Mapping
@@ -23,6 +24,7 @@ from tprl.lvlm.families import family_of
 from tprl.lvlm.handle import Handle, check_amount, kept_of, named, refuse, refuse_encoded, refuse_videos, unanswered
 from tprl.lvlm.past import Past, past_of, remember
 from tprl.lvlm.pictures import ImageFeatures, collate, encode, samples_of, split_pictures
+from tprl.lvlm.proportional import check_attention, proportional
 from tprl.lvlm.signals import recorded_tower
 from tprl.lvlm.whole import count_new_tokens, count_whole, show_whole, with_prompt
 from tprl.types import Selection, VisualTokens
@@ -143,7 +145,8 @@ def _forward(model: PreTrainedModel, pruning: Pruning, *args: Any, **kwargs: Any
         if pruning._generation is None:
             refuse_encoded(inputs)
         if past is not None and (pruning._generation is None or "position_ids" not in inputs):
-            return original(**past.resumed(inputs))
+            with proportional(lambda: past.cut.bias):
+                return original(**past.resumed(inputs))
         return original(*args, **kwargs)
     refuse(inputs)
     pictures, output = encode(model, inputs, pruning.selector.needs)
@@ -161,7 +164,8 @@ def _forward(model: PreTrainedModel, pruning: Pruning, *args: Any, **kwargs: Any
     short = shortened(model, inputs, cut, pruning.positions)
     features = cut_features(output, choice)
     features["pooler_output"] = contained(model, features["pooler_output"])
-    result = original(**short, mm_encoder_outputs={"image": type(output)(**features)})
+    with proportional(lambda: cut.bias):
+        result = original(**short, mm_encoder_outputs={"image": type(output)(**features)})
     pruning.cut = cut
     caches = result.values() if isinstance(result, ModelOutput) else result
     for cache in caches:
@@ -235,7 +239,8 @@ def _generate(model: PreTrainedModel, pruning: Pruning, *args: Any, **kwargs: An
             count_new_tokens(model, inputs, prompt.shape[1])
         before, pruning._generation = pruning._generation, generation
         try:
-            result = original(**inputs)
+            with proportional(lambda: generation.cut.bias if generation.cut else None):
+                result = original(**inputs)
         finally:
             pruning._generation = before
     cut, positions = generation.cut, generation.position_ids
@@ -291,12 +296,15 @@ def _choose(
     selection = pruning.choose(visual)
 
     pruning.cut = None
+    if selection.sizes is not None:
+        check_attention(model)
     keep = selection.keep_mask[visual.mask]
     pruning.kept = kept_of(pictures, sample, len(ids), keep)
     if selection.tokens is None and bool(keep.all()):
         return None
     tokens = visual.tokens if selection.tokens is None else selection.tokens.to(visual.tokens.dtype)
-    return Choice(keep, tokens[visual.mask], counts)
+    sizes = None if selection.sizes is None else selection.sizes[visual.mask]
+    return Choice(keep, tokens[visual.mask], counts, sizes)
 
 
 def _no_question(model: PreTrainedModel, pruning: Pruning) -> list[int]:

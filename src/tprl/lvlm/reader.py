@@ -50,10 +50,15 @@ class RowReader:
         self._opening: tuple[tuple[int, ...], Opening] | None = None
 
     def prepare(
-        self, prefix: Prefix, kept: Tensor, keep_mask: Tensor, rows: Sequence[Sequence[Block]]
+        self,
+        prefix: Prefix,
+        kept: Tensor,
+        keep_mask: Tensor,
+        rows: Sequence[Sequence[Block]],
+        sizes: Tensor | None = None,
     ) -> tuple[Packed, dict[str, Any]]:
         """The rows as a batch, and what the decoder is to be called with; ``kept (K, D)`` are the kept tokens of all
-        rows in reading order."""
+        rows in reading order, and ``sizes (K,)`` theirs, see ``tprl.types.Selection``."""
         packed = pack(prefix, keep_mask.cpu(), rows, self.both_ways).to(self.language.device)
         if self.positions == "compact":
             if len(packed.positions) > 1:
@@ -64,7 +69,7 @@ class RowReader:
         inputs = {
             "inputs_embeds": embeds,
             "position_ids": position_rows(packed.positions),
-            "attention_mask": self.masks(packed.mask, packed.places, packed.places),
+            "attention_mask": self.masks(packed.mask, packed.places, packed.places, packed.bias(sizes)),
         }
         if prefix.deep is not None:
             shown = keep_mask[:, : prefix.deep.shape[1]]  # as wide as the longest picture of these rows alone
@@ -102,27 +107,31 @@ class RowReader:
             self._opening = opening, Opening([(layer.keys, layer.values) for layer in layers])
         return self._opening[1]
 
-    def masks(self, mask: Tensor, queries: Tensor, keys: Tensor) -> Any:
+    def masks(self, mask: Tensor, queries: Tensor, keys: Tensor, bias: Tensor | None = None) -> Any:
         """An attention mask, bool ``(B, 1, Q, K)``, as the decoder takes it: one for every type of its layers.
 
         Args:
             queries: places of the queries in their sequences, ``(B, Q)``, by which sliding windows are counted.
             keys: those of the keys, ``(B, K)``.
+            bias: ``(B, K)``, is added to the logits of attention to every key.
         """
         config = self.language.config
         window, types = (vars(config).get(name) for name in ("sliding_window", "layer_types"))
         if window is None:
-            return self._values(mask)
+            return self._values(mask, bias)
         near = (queries[:, :, None] - keys[:, None] < window)[:, None]
-        sliding = self._values(mask & near)
-        return sliding if types is None else {"full_attention": self._values(mask), "sliding_attention": sliding}
+        sliding = self._values(mask & near, bias)
+        return sliding if types is None else {"full_attention": self._values(mask, bias), "sliding_attention": sliding}
 
-    def _values(self, mask: Tensor) -> Tensor:
+    def _values(self, mask: Tensor, bias: Tensor | None) -> Tensor:
         """A mask as the attention implementation takes it."""
-        if self.language.config._attn_implementation == "sdpa":
+        if bias is None and self.language.config._attn_implementation == "sdpa":
             return mask
         dtype = self.language.dtype
-        return torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill(~mask, torch.finfo(dtype).min)
+        values = torch.zeros(mask.shape, dtype=dtype, device=mask.device)
+        if bias is not None:
+            values += bias[:, None, None].to(values)
+        return values.masked_fill(~mask, torch.finfo(dtype).min)
 
 
 def position_rows(positions: Tensor) -> Tensor:

@@ -59,11 +59,11 @@ def one_shot(
         indices = own[first : first + BATCH]
         visual = data.visual(indices)
         if budget is None:
-            keep = pruner.select_above(visual, threshold).keep_mask
+            chosen = pruner.select_above(visual, threshold)
         else:
-            keep = pruner.select(visual, visual.mask.sum(1).clamp(max=budget)).keep_mask
-        accuracy += float(data.accuracy(indices, visual.tokens, keep).sum())
-        kept += int(keep.sum())
+            chosen = pruner.select(visual, visual.mask.sum(1).clamp(max=budget))
+        accuracy += float(data.accuracy(indices, visual.tokens, chosen.keep_mask, sizes=chosen.sizes).sum())
+        kept += int(chosen.keep_mask.sum())
     accuracy, kept = processes.total(torch.tensor([accuracy, kept], dtype=torch.float64)).tolist()
     return OneShot(accuracy / len(unpruned), float(unpruned.double().mean()), kept / len(unpruned))
 

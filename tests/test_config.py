@@ -50,6 +50,7 @@ def test_a_critic_needs_no_other_rollouts_and_a_stage_can_be_left_out() -> None:
 
 
 def test_the_papers_sizes() -> None:
-    """TPRL, arXiv 2603.13394: latents of 256, and no novelty, which is ours."""
+    """TPRL, arXiv 2603.13394: latents of 256, and neither novelty nor proportional attention, which are ours."""
     paper = PRESETS["paper"].pruner
     assert (paper.latent, paper.autoencoder_hidden, paper.policy_hidden, paper.novelty) == (256, 512, 256, 0)
+    assert not paper.proportional

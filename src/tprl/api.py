@@ -9,6 +9,7 @@ from transformers.processing_utils import ProcessorMixin
 from tprl.lvlm.cut import Positions
 from tprl.lvlm.handle import Handle, check_model, unprune
 from tprl.lvlm.model import Lvlm
+from tprl.lvlm.proportional import check_attention
 from tprl.lvlm.prune import prune as prune_prompt
 from tprl.lvlm.prune_inside import prune_inside
 from tprl.pruner import TokenPruner
@@ -51,8 +52,9 @@ def prune(
 
     Raises:
         ValueError: an unknown family or name, a model that is pruned already, a pruner of another model, no way to tell
-            the question from the template, a pruner on another device, without weights or not in float32, not exactly
-            one amount, or a value that is not allowed.
+            the question from the template, a pruner on another device, without weights or not in float32, a pruner that
+            wants proportional attention and a model whose attention cannot be, not exactly one amount, or a value that
+            is not allowed.
 
     Example:
         >>> with tprl.prune(model, pruner, budget=64, processor=processor) as pruned:
@@ -73,6 +75,8 @@ def prune(
         return prune_inside(model, chosen, budget=budget, keep_ratio=keep_ratio)
     if isinstance(chosen, TokenPruner):
         chosen.check_fits(Lvlm(model).fingerprint)
+        if chosen.config.proportional:
+            check_attention(model)
         weights, device = chosen.token_mean, _device(model)
         if weights.is_meta:
             raise ValueError("the pruner is on meta, without its weights; load it again: TokenPruner.from_pretrained")

@@ -14,7 +14,7 @@ from tprl.selectors.base import units
 
 ROWS = 1024
 """Tokens that are compared with the kept ones at once: bounds the memory that pictures of many tokens take."""
-POWER = 4
+POWER = 8
 """Of the cosine: a dropped token counts as much as it is like the kept one."""
 
 
@@ -25,7 +25,7 @@ def sizes(tokens: Tensor, keep_mask: Tensor, mask: Tensor) -> Tensor:
 
     Args:
         tokens: centred, ``(B, N, D)``.
-        keep_mask: bool ``(B, N)``, True where a token is kept.
+        keep_mask: bool ``(B, N)``, True where a token is kept, of every row one at least.
         mask: bool ``(B, N)``, True where a token is real.
 
     Returns:

@@ -51,15 +51,15 @@ class Pictures:
 
 
 class Given:
-    """Keeps what it is told."""
+    """Keeps what it is told, of the sizes that it is told."""
 
     needs: frozenset[str] = frozenset()
 
-    def __init__(self, keep: Tensor) -> None:
-        self.keep = keep
+    def __init__(self, keep: Tensor, sizes: Tensor | None = None) -> None:
+        self.keep, self.sizes = keep, sizes
 
     def select(self, visual: VisualTokens, budget: Tensor) -> Selection:
-        return Selection(self.keep[None])
+        return Selection(self.keep[None], sizes=None if self.sizes is None else self.sizes[None])
 
 
 @pytest.fixture(scope="module", params=NAMES)
@@ -74,6 +74,11 @@ def keeps(encoded: EncodedSamples) -> dict[str, Tensor]:
     random = torch.Generator().manual_seed(0)
     counts = {image_id: len(encoded.features(image_id).tokens) for image_id in encoded.image_ids}
     return {image_id: torch.rand(count, generator=random) < 0.5 for image_id, count in counts.items()}
+
+
+def sizes_of(keep: dict[str, Tensor]) -> dict[str, Tensor]:
+    random = torch.Generator().manual_seed(1)
+    return {image_id: 1 + 9 * torch.rand(len(kept), generator=random) for image_id, kept in keep.items()}
 
 
 def asked(encoded: EncodedSamples, index: int) -> dict[str, Any]:
@@ -91,20 +96,24 @@ def asked(encoded: EncodedSamples, index: int) -> dict[str, Any]:
 
 
 @torch.no_grad()
-def log_prob(encoded: EncodedSamples, index: int, keep: Tensor, **options: Any) -> tuple[float, bool]:
+def log_prob(
+    encoded: EncodedSamples, index: int, keep: Tensor, sizes: Tensor | None = None, **options: Any
+) -> tuple[float, bool]:
     """Mean log-probability of a sample's answer by the pruned model, and whether each token is the most likely one."""
     inputs = asked(encoded, index)
-    with prune(encoded.lvlm.model, Given(keep), keep_ratio=0.5, **options):
+    with prune(encoded.lvlm.model, Given(keep, sizes), keep_ratio=0.5, **options):
         output = encoded.lvlm.model(**inputs)
     answer = inputs["labels"][inputs["labels"] != IGNORE]
     return -float(output.loss), bool((output.logits[0, -len(answer) - 1 : -1].argmax(-1) == answer).all())
 
 
-def scored(encoded: EncodedSamples, keep: dict[str, Tensor]) -> AnswerScores:
+def scored(encoded: EncodedSamples, keep: dict[str, Tensor], sizes: dict[str, Tensor] | None = None) -> AnswerScores:
     """Scores of all samples in order, where questions about a picture see the same tokens."""
     visual, indices, pictures = encoded.by_picture(encoded.image_ids)
     masks = pad_sequence([keep[image_id] for image_id in encoded.image_ids], batch_first=True)
-    scores = encoded.score(indices, visual.tokens, masks[pictures], pictures=pictures)
+    own = None if sizes is None else pad_sequence([sizes[image_id] for image_id in encoded.image_ids], True, 1.0)
+    own = None if own is None else own[pictures]
+    scores = encoded.score(indices, visual.tokens, masks[pictures], pictures=pictures, sizes=own)
     order = torch.tensor(indices).argsort()
     return AnswerScores(scores.log_prob[order], scores.correct[order])
 
@@ -126,6 +135,17 @@ def test_scores_are_those_of_the_pruned_model(encoded: EncodedSamples) -> None:
     assert (scores.log_prob - everything.log_prob).abs().max() > FAR
 
 
+def test_scores_of_sized_tokens_are_those_of_the_pruned_model(encoded: EncodedSamples) -> None:
+    keep = keeps(encoded)
+    sizes = sizes_of(keep)
+    scores = scored(encoded, keep, sizes)
+    for index, sample in enumerate(encoded.samples):
+        wanted, correct = log_prob(encoded, index, keep[sample.image_id], sizes[sample.image_id])
+        assert float(scores.log_prob[index]) == pytest.approx(wanted, abs=1e-4)
+        assert bool(scores.correct[index]) == correct
+    assert (scores.log_prob - scored(encoded, keep).log_prob).abs().max() > FAR
+
+
 def test_prompts_are_the_processors(encoded: EncodedSamples) -> None:
     image_id = encoded.lvlm.model.config.image_token_id
     for index in range(len(encoded)):
@@ -141,16 +161,20 @@ def test_prompts_are_the_processors(encoded: EncodedSamples) -> None:
 
 def test_greedy_answers_are_those_of_generate(encoded: EncodedSamples) -> None:
     keep, model = keeps(encoded), encoded.lvlm.model
+    told = sizes_of(keep)
     indices = range(len(encoded))
     visual = encoded.visual(indices)
-    masks = torch.zeros_like(visual.mask)
+    masks, sizes = torch.zeros_like(visual.mask), torch.ones(visual.mask.shape)
     for row, sample in enumerate(encoded.samples):
         masks[row, : len(keep[sample.image_id])] = keep[sample.image_id]
+        sizes[row, : len(keep[sample.image_id])] = told[sample.image_id]
     prompts = [encoded.block(i).ids[: encoded.block(i).answer_start] for i in indices]
-    answers = encoded.scorer.generate(encoded.prefix(indices), visual.tokens, masks, prompts, -1, 4)
+    answers = encoded.scorer.generate(encoded.prefix(indices), visual.tokens, masks, prompts, -1, 4, sizes=sizes)
+    assert answers != encoded.scorer.generate(encoded.prefix(indices), visual.tokens, masks, prompts, -1, 4)
     for index, sample in enumerate(encoded.samples):
         inputs = prompt_inputs(encoded.lvlm, encoded.source, sample)
-        with prune(model, Given(keep[sample.image_id]), keep_ratio=0.5), torch.no_grad():
+        given = Given(keep[sample.image_id], told[sample.image_id])
+        with prune(model, given, keep_ratio=0.5), torch.no_grad():
             output = model.generate(**inputs, max_new_tokens=4, do_sample=False)
         assert output[0, inputs["input_ids"].shape[1] :].tolist() == answers[index]
 

@@ -102,6 +102,28 @@ def test_score_is_that_of_one_forward_a_question(
 
 
 @torch.no_grad()
+def test_a_token_of_size_n_is_n_copies_of_it(
+    lvlm: Lvlm, scorer: AnswerScorer, before: list[int], prefix: Prefix, tokens: Tensor, keep: Tensor
+) -> None:
+    """Copies at one position that all see each other and are seen by whatever sees one of them."""
+    sizes = torch.randint(1, 5, keep.shape, generator=torch.Generator().manual_seed(2))
+    rows = [[block(lvlm, row)] for row in range(6)]
+    scores = scorer.score(prefix, tokens, keep, rows, sizes=sizes.float())
+    for row, (part,) in enumerate(rows):
+        embeds, positions = alone(scorer, before, tokens[row], keep[row], part.ids)
+        copies = torch.cat([torch.ones(len(before)), sizes[row, keep[row]], torch.ones(len(part.ids))]).long()
+        owner = torch.arange(len(copies)).repeat_interleave(copies)
+        seen = (owner[:, None] >= owner)[None, None]
+        hidden = scorer.language(
+            inputs_embeds=embeds[:, owner], position_ids=positions[:, owner], attention_mask=seen
+        ).last_hidden_state
+        answer = torch.tensor(part.ids[part.answer_start :])
+        wanted = lvlm.model.lm_head(hidden)[0, -len(answer) - 1 : -1].log_softmax(1).gather(1, answer[:, None]).mean()
+        assert scores.log_prob[row].item() == pytest.approx(wanted.item(), rel=1e-4)
+    assert (scores.log_prob - scorer.score(prefix, tokens, keep, rows).log_prob).abs().max() > 1e-3
+
+
+@torch.no_grad()
 def test_generate_is_greedy_one_question_at_a_time(
     lvlm: Lvlm, scorer: AnswerScorer, before: list[int], prefix: Prefix, tokens: Tensor, keep: Tensor
 ) -> None:

@@ -32,14 +32,15 @@ def score_pictures(encoded: EncodedSamples, method: Method | None, title: str, b
     """All questions about a picture see the same tokens: those that ``method`` keeps, or all, or none."""
     scores, kept = torch.zeros(len(encoded)), torch.zeros(len(encoded), dtype=torch.int64)
     for visual, indices, pictures in encoded.in_turns(title):
-        tokens, keep_mask = visual.tokens, visual.mask
+        tokens, keep_mask, sizes = visual.tokens, visual.mask, None
         if blind:
             tokens, keep_mask = tokens[:, :0], keep_mask[:, :0]
         elif method is not None:
             selection = method.select(visual)
             keep_mask = selection.keep_mask
             tokens = tokens if selection.tokens is None else selection.tokens
-        scores[indices] = encoded.accuracy(indices, tokens, keep_mask[pictures], pictures=pictures)
+            sizes = None if selection.sizes is None else selection.sizes[pictures]
+        scores[indices] = encoded.accuracy(indices, tokens, keep_mask[pictures], pictures=pictures, sizes=sizes)
         kept[indices] = keep_mask.sum(1).cpu()[pictures]
     return Cell(processes.total(scores).tolist(), processes.total(kept).tolist())
 

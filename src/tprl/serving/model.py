@@ -1,5 +1,6 @@
 """The encoder step of a served model: the vision tower, then the pruner with the question of the request."""
 
+import logging
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -14,6 +15,8 @@ from tprl.lvlm.model import fingerprint
 from tprl.lvlm.pictures import ImageFeatures, collate
 from tprl.pruner import TokenPruner
 from tprl.serving.request import KEY, QUERY, RATIO, Served, keep_count
+
+logger = logging.getLogger(__name__)
 
 TOWER_CACHE_BYTES = 256 * 2**20
 """Bound on the projected visual tokens that are remembered, so that many questions about one picture run its vision
@@ -33,6 +36,8 @@ class PrunedModel(ABC):
         super().__init__(vllm_config=vllm_config, prefix=prefix)  # type: ignore[call-arg]
         with set_default_torch_dtype(torch.float32), torch.device("cpu"):
             pruner = TokenPruner.from_pretrained(Served.of(self.config).pruner, fingerprint(self.config.to_dict()))
+        if pruner.config.proportional:
+            logger.warning("vLLM's attention cannot be proportional: a kept token counts once, whatever it stands for")
         # In a tuple, since the checkpoint's loader would miss the weights of a submodule.
         self._pruner = (pruner.to(vllm_config.device_config.device),)
         self._tower_cache: LRUCache[bytes, Tensor] = LRUCache(TOWER_CACHE_BYTES, getsizeof=lambda tokens: tokens.nbytes)

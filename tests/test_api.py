@@ -104,6 +104,25 @@ def test_a_token_pruner_prunes_the_model_that_it_was_trained_for(tiny: Tiny, tmp
     assert HANDLE not in tiny.model.__dict__
 
 
+def test_proportional_attention_is_that_of_sdpa_or_eager(monkeypatch: pytest.MonkeyPatch) -> None:
+    tiny = make("llava", torch.float32)
+    pruner, inputs = pruner_for(tiny), tiny.batch([2, "I", 4])
+    alone = replace(pruner.config, proportional=False)
+    with tprl.prune(tiny.model, pruner, budget=4, template_ids=frozenset()), torch.no_grad():
+        logits = tiny.model(**inputs).logits
+    monkeypatch.setattr(pruner, "config", alone)
+    with tprl.prune(tiny.model, pruner, budget=4, template_ids=frozenset()), torch.no_grad():
+        assert (tiny.model(**inputs).logits - logits).abs().max() > 1e-3
+    monkeypatch.setattr(tiny.model.config.get_text_config(), "_attn_implementation", "flash_attention_2")
+    tprl.prune(tiny.model, pruner, budget=4, template_ids=frozenset())
+    tprl.unprune(tiny.model)
+    pruner.config = replace(alone, proportional=True)
+    with pytest.raises(
+        ValueError, match=r"'flash_attention_2' cannot give; .*replace\(pruner.config, proportional=False"
+    ):
+        tprl.prune(tiny.model, pruner, budget=4, template_ids=frozenset())
+
+
 def test_beside_an_offloaded_model_a_pruner_is_where_that_computes() -> None:
     tiny = make("llava", torch.float32)
     pruner, inputs = pruner_for(tiny), tiny.batch([2, "I", 4])

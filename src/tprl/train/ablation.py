@@ -32,7 +32,7 @@ class Row:
         group: what the row is about.
         stages: that are trained.
         pruner: settings of the pruner in the place of those of the row "full".
-        choice: the same where they act on the choice of tokens alone: only the threshold is found anew.
+        choice: the same where they act on what is chosen alone, or how it is shown: only the threshold is found anew.
         imitate: the same of the imitation.
         ppo: the same of PPO.
         positions: of the kept tokens when the row is measured.
@@ -72,10 +72,11 @@ ROWS: dict[str, Row] = {
     "sparse-score": Row("reward", ppo={"score": "correct"}),
     "critic": Row("reward", ppo={"baseline": "critic"}),
     "no-novelty": Row("choice", choice={"novelty": 0.0}),
+    "not-proportional": Row("choice", choice={"proportional": False}),
     "compact-positions": Row("positions", positions="compact"),
 }
 """All rows. "full" is the default: three teachers compete through three budgets, T = 1, dense score, group baseline,
-novelty, original positions."""
+novelty, proportional attention, original positions."""
 
 
 def train_row(

@@ -12,9 +12,9 @@ from torch import Tensor
 from evaluate.world import World, tiny_lvlm
 from ragged import visual_tokens
 from tprl.evaluate import cell
-from tprl.evaluate.methods import make_methods
+from tprl.evaluate.methods import Method, make_methods
 from tprl.lvlm.cache import EncodedSamples
-from tprl.types import VisualTokens
+from tprl.types import Selection, VisualTokens
 
 
 def test_many_turns_give_what_one_does(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -63,3 +63,28 @@ def test_pictures_of_different_sizes_count_their_own_tokens() -> None:
     within = cell.score_questions(encoded, fastv, "")
     assert within.kept == pytest.approx([(8 + 5 * 5) / 6, (8 + 5 * 5) / 6, 4]), "one layer of six sees all"
     assert within.scores == [1, 1, 0.5], "what enters the language model"
+
+
+class Numbered:
+    """Keeps all, each token as large as its picture has tokens."""
+
+    name, needs = "numbered", frozenset[str]()
+
+    def select(self, visual: VisualTokens, budget: Tensor) -> Selection:
+        return Selection(visual.mask, sizes=visual.mask.sum(1, keepdim=True).expand(visual.mask.shape).float())
+
+
+def test_sizes_are_those_of_each_questions_picture() -> None:
+    told: list[list[float]] = []
+
+    class Watched(Ragged):
+        def accuracy(self, indices: Sequence[int], *given: Any, sizes: Tensor | None, **named: Any) -> Tensor:
+            assert sizes is not None
+            assert list(indices) in ([2, 0, 1], [0, 1, 2])
+            told.append(sizes[:, 0][torch.tensor(indices).argsort()].tolist())
+            return super().accuracy(indices, *given, **named)
+
+    method, encoded = Method("numbered", Numbered(), 9), Watched()
+    cell.score_pictures(encoded, method, "")  # type: ignore[arg-type]
+    cell.score_questions(encoded, method, "")  # type: ignore[arg-type]
+    assert told == [[8, 8, 4]] * 2

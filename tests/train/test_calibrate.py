@@ -118,6 +118,25 @@ def test_one_shot_is_the_mean_over_all_batches(monkeypatch: pytest.MonkeyPatch) 
     assert found.accuracy == pytest.approx(float(puzzle.accuracy(everyone, visual.tokens, keep).mean()))
 
 
+def test_one_shot_shows_tokens_of_the_sizes_that_the_pruner_gives() -> None:
+    told: list[torch.Tensor | None] = []
+
+    class Watched(Puzzle):
+        def accuracy(self, *given: Any, sizes: torch.Tensor | None, **named: Any) -> torch.Tensor:
+            told.append(sizes)
+            return super().accuracy(*given, **named)
+
+    puzzle, pruner = cast(Any, Watched()), make_pruner()
+    visual, everyone = puzzle.visual(range(len(puzzle))), torch.full((len(puzzle),), 3)
+    module.one_shot(pruner, puzzle, torch.ones(len(puzzle)), budget=3)
+    module.one_shot(pruner, puzzle, torch.ones(len(puzzle)), threshold=0.5)
+    wanted = [pruner.select(visual, everyone).sizes, pruner.select_above(visual, 0.5).sizes]
+    for sizes, expected in zip(told, wanted, strict=True):
+        assert sizes is not None
+        assert expected is not None
+        torch.testing.assert_close(sizes, expected)
+
+
 @pytest.mark.parametrize(("accuracy", "unpruned"), [(0.75, 1.0), (0.9, 0.5)])
 def test_what_costs_just_as_much_as_is_allowed_or_gains_is_allowed(
     monkeypatch: pytest.MonkeyPatch, accuracy: float, unpruned: float

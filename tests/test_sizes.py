@@ -41,16 +41,16 @@ def test_sizes_slowly(seed: int, rows: int, monkeypatch: pytest.MonkeyPatch) -> 
 
 
 def test_sizes_by_hand() -> None:
-    """A twin counts whole, one at 45 degrees as cos^8 = 1/16, one at a right angle and beyond not at all; of two kept
+    """A twin counts whole, one at 45 degrees as cos^4 = 1/4, one at a right angle and beyond not at all; of two kept
     tokens that are equally near the first counts it."""
     tokens = torch.tensor([[[1.0, 0, 0], [2, 0, 0], [1, 1, 0], [0, 0, 1], [-1, 0, 0], [0, -1, 0], [0, -3, 0]]])
     keep = torch.tensor([[True, False, False, False, False, True, False]])
     found = sizes(tokens, keep, torch.ones_like(keep))
-    torch.testing.assert_close(found, torch.tensor([[2.0625, 1, 1, 1, 1, 2, 1]]))
-    assert POWER == 8
+    torch.testing.assert_close(found, torch.tensor([[2.25, 1, 1, 1, 1, 2, 1]]))
+    assert POWER == 4
     both = torch.tensor([[[1.0, 1], [1, 0], [0, 1]]]) / sqrt(2)
     found = sizes(both, torch.tensor([[False, True, True]]), torch.ones(1, 3, dtype=torch.bool))
-    torch.testing.assert_close(found, torch.tensor([[1, 1.0625, 1]]))
+    torch.testing.assert_close(found, torch.tensor([[1, 1.25, 1]]))
 
 
 def test_where_all_is_kept_each_stands_for_itself() -> None:

@@ -14,7 +14,7 @@ from tprl.selectors.base import units
 
 ROWS = 1024
 """Tokens that are compared with the kept ones at once: bounds the memory that pictures of many tokens take."""
-POWER = 8
+POWER = 4
 """Of the cosine: a dropped token counts as much as it is like the kept one."""
 
 

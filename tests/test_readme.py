@@ -31,21 +31,35 @@ def test_the_table_is_that_of_the_committed_results() -> None:
 @pytest.mark.parametrize(
     ("folder", "other", "budget", "told"),
     [
-        ("scenes-no-novelty", "scenes", 32, "0.2 (-0.3 to 0.7)"),
-        ("scenes-no-novelty", "scenes", 16, "1.6 (0.8 to 2.3)"),
+        ("scenes-no-novelty", "scenes-not-proportional", 32, "0.2 (-0.3 to 0.7)"),
+        ("scenes-no-novelty", "scenes-not-proportional", 16, "1.6 (0.8 to 2.3)"),
+        ("scenes-not-proportional", "scenes", 64, "-0.3 (-0.8 to 0.1)"),
+        ("scenes-not-proportional", "scenes", 32, "0.2 (-0.4 to 0.8)"),
         ("trained-on-easy-vqa-novelty", "trained-on-easy-vqa", 64, "2.45 (1.21 to 3.79)"),
         ("trained-on-easy-vqa-novelty", "trained-on-easy-vqa", 32, "2.10 points (1.01 to 3.31)"),
     ],
 )
-def test_what_novelty_is_worth_is_told_as_the_cells_of_two_folders_say(
+def test_what_the_choice_is_worth_is_told_as_the_cells_of_two_folders_say(
     folder: str, other: str, budget: int, told: str
 ) -> None:
     cells = [ROOT / "results" / name / "cells" / f"tprl-{budget}.json" for name in (folder, other)]
-    points, _, interval = script("paired_points").paired_points(*cells).partition(" ")
+    found, _, _ = script("paired_points").paired_points(*cells).partition(",")
+    points, _, interval = found.partition(" ")
     places = len(told.partition(" ")[0].partition(".")[2])
     rounded = [f"{float(figure):.{places}f}" for figure in (points, *interval.strip("()").split(" to "))]
     assert rounded == [told.split()[0], *told.partition("(")[2].strip(")").split(" to ")]
     assert told in " ".join((ROOT / "docs" / "results.md").read_text().split())
+
+
+def test_how_many_answers_change_is_told_as_the_cells_say() -> None:
+    module, told = script("paired_points"), []
+    for folder in ("scenes", "scenes-not-proportional"):
+        cells = ROOT / "results" / folder / "cells"
+        found = [module.paired_points(cells / f"tprl-{k}.json", cells / "unpruned.json") for k in (192, 128, 64, 32)]
+        told.append([each.split(", ")[1].removesuffix(" of 2000 scores differ") for each in found])
+    own, without = [f"{', '.join(counts[:-1])} and {counts[-1]}" for counts in told]
+    wanted = f"the scores of {own} of 2000 questions differ from those without pruning, without it {without}"
+    assert wanted in " ".join((ROOT / "docs" / "results.md").read_text().split())
 
 
 @pytest.mark.parametrize("row", ["demonstrations-only", "ppo-only", "no-question", "teacher-divprune", "no-novelty"])

@@ -2,7 +2,8 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from copy import copy
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -91,12 +92,14 @@ class World:
         return 36 if self.name == "llava" else image.width * image.height // 64
 
     def answer(self, prompt: str, images: Pictures, ratio: float) -> list[int]:
-        """Greedy tokens of the pruned model."""
+        """Greedy tokens of the pruned model, whose attention is not proportional, since vLLM's cannot be."""
+        pruner = copy(self.pruner)
+        pruner.config = replace(pruner.config, proportional=False)
         pictures = images if isinstance(images, list) else [images]
         inputs = self.lvlm.processor(text=[prompt], images=[pictures], return_tensors="pt")
         model: Any = self.lvlm.model
         with torch.no_grad(), tprl.prune(
-            model, self.pruner, keep_ratio=ratio, positions=POSITIONS[self.name], processor=self.lvlm.processor
+            model, pruner, keep_ratio=ratio, positions=POSITIONS[self.name], processor=self.lvlm.processor
         ):  # fmt: skip
             whole = model.generate(**inputs, max_new_tokens=NEW_TOKENS, do_sample=False)
         return whole[0, inputs["input_ids"].shape[1] :].tolist()

@@ -123,8 +123,8 @@ def train(
         lvlm = open_lvlm(model, precision, own_device)
         start = TokenPruner.from_pretrained(init, lvlm.fingerprint) if init else None
         if start is not None:
-            told = settings.pruner
-            start.config = replace(start.config, novelty=told.novelty, proportional=told.proportional)  # not learnt
+            not_learnt = {name: getattr(settings.pruner, name) for name in ("novelty", "proportional")}
+            start.config = replace(start.config, **not_learnt)
             wanted = asdict(settings.pruner)
             if other := [name for name in wanted if wanted[name] != getattr(start.config, name)]:
                 raise ValueError(f"the pruner in {init} has another {', '.join(other)} than is asked for")

@@ -72,6 +72,10 @@ def test_a_pruner_gives_sizes_of_its_centred_tokens_unless_it_is_told_not_to() -
         assert single is not None
         assert together is not None
         torch.testing.assert_close(single[0], together[row, : COUNTS[row]])
+    visual.tokens.requires_grad_()
+    sized = pruner.select(visual, budget).sizes
+    assert sized is not None
+    assert not sized.requires_grad
     without = make_pruner(proportional=False).select(visual, budget)
     assert without.sizes is None
     assert torch.equal(without.keep_mask, pruner.select(visual, budget).keep_mask)

@@ -137,9 +137,11 @@ class TokenPruner(nn.Module):
         """``chosen_by`` in one look. Tokens are ranked by these, since probabilities round to 1."""
         return self.chosen_by(self.encode(visual), visual, visual.mask)
 
+    @torch.no_grad()
     def _chosen(self, visual: VisualTokens, keep_mask: Tensor) -> Selection:
-        tokens = self.normalise(visual.tokens)
-        return Selection(keep_mask, sizes=sizes(tokens, keep_mask, visual.mask) if self.config.proportional else None)
+        if not self.config.proportional:
+            return Selection(keep_mask)
+        return Selection(keep_mask, sizes=sizes(self.normalise(visual.tokens), keep_mask, visual.mask))
 
     def _check(self, visual: VisualTokens) -> None:
         if visual.tokens.shape[-1] != self.config.width:

@@ -266,10 +266,11 @@ def test_batches_that_processes_cannot_share_are_refused_before_a_model_is_loade
 
 
 def test_a_run_goes_on_with_the_model_and_the_start_that_it_had(world: Path, tmp_path: Path) -> None:
-    """And a pruner whose novelty was given up may be one to start from: whether there is any is chosen anew."""
+    """And a pruner whose novelty was given up may be one to start from, whether there is any is chosen anew, and one
+    without proportional attention, which is as the settings of this run say."""
     lvlm, model, start = tiny_lvlm(), tmp_path / "model", tmp_path / "start"
     shutil.copytree(world / "model", model)
-    shape = PrunerConfig(width=lvlm.width, fingerprint=lvlm.fingerprint, novelty=0.0)
+    shape = PrunerConfig(width=lvlm.width, fingerprint=lvlm.fingerprint, novelty=0.0, proportional=False)
     TokenPruner(shape).save_pretrained(start)
 
     def go_on(resume: bool) -> None:
@@ -279,7 +280,7 @@ def test_a_run_goes_on_with_the_model_and_the_start_that_it_had(world: Path, tmp
         )  # fmt: skip
 
     go_on(resume=False)
-    assert (tmp_path / "run" / "pruner").exists()
+    assert TokenPruner.from_pretrained(tmp_path / "run" / "pruner").config.proportional
     TokenPruner(shape).save_pretrained(start)
     with pytest.raises(ValueError, match="other settings of started_from; it cannot go on"):
         go_on(resume=True)

@@ -9,8 +9,8 @@ from rows import alone, make, scattered
 from torch import Tensor
 
 from tprl.selectors import SELECTORS, make_selector
-from tprl.selectors.base import cosine, evenly, top, units
-from tprl.types import VisualTokens
+from tprl.selectors.base import cosine, evenly, in_parts, top, units
+from tprl.types import Selection, VisualTokens
 
 SIZES = [(6, 6), (3, 5), (1, 1), (8, 9)]
 BUDGETS = [[1, 1, 1, 1], [7, 2, 1, 64], [30, 14, 1, 5], [36, 15, 1, 72]]
@@ -67,6 +67,22 @@ def test_a_long_picture_takes_no_memory_for_every_other(name: str, monkeypatch: 
         torch.testing.assert_close(vars(selector.select(visual, budget)), vars(whole))
         assert sizes == expected
         sizes.clear()
+
+
+def test_sizes_of_all_parts_come_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Sized:
+        name, needs = "sized", frozenset[str]()
+
+        @in_parts
+        def select(self, visual: VisualTokens, budget: Tensor) -> Selection:
+            return Selection(visual.mask, sizes=budget[:, None] * visual.mask.float())
+
+    visual, budget = make(SIZES), torch.tensor([9, 4, 1, 20])
+    monkeypatch.setattr("tprl.selectors.base.PAIRS_AT_ONCE", 0)
+    selection = Sized().select(visual, budget)
+    assert selection.tokens is None
+    assert selection.sizes is not None
+    assert torch.equal(selection.sizes, budget[:, None] * visual.mask.float())
 
 
 @pytest.mark.parametrize("name", SELECTORS)

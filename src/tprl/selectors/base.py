@@ -67,9 +67,10 @@ def in_parts(select: Callable[[S, VisualTokens, Tensor], Selection]) -> Callable
         check(self, visual, budget)
         rows = max(1, PAIRS_AT_ONCE // visual.mask.shape[1] ** 2)
         chosen = [select(self, part, own) for part, own in zip(visual.split(rows), budget.split(rows), strict=True)]
-        changed = [selection.tokens for selection in chosen if selection.tokens is not None]
         keep_mask = torch.cat([selection.keep_mask for selection in chosen])
-        return Selection(keep_mask, torch.cat(changed) if changed else None)
+        changed = [selection.tokens for selection in chosen if selection.tokens is not None]
+        sizes = [selection.sizes for selection in chosen if selection.sizes is not None]
+        return Selection(keep_mask, torch.cat(changed) if changed else None, torch.cat(sizes) if sizes else None)
 
     return parted
 

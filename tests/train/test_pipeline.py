@@ -271,7 +271,8 @@ def test_a_run_goes_on_with_the_model_and_the_start_that_it_had(world: Path, tmp
     lvlm, model, start = tiny_lvlm(), tmp_path / "model", tmp_path / "start"
     shutil.copytree(world / "model", model)
     shape = PrunerConfig(width=lvlm.width, fingerprint=lvlm.fingerprint, novelty=0.0, proportional=False)
-    TokenPruner(shape).save_pretrained(start)
+    first, second = (TokenPruner(shape) for _ in range(2))  # one after the other, so never the same
+    first.save_pretrained(start)
 
     def go_on(resume: bool) -> None:
         train_command(
@@ -281,7 +282,7 @@ def test_a_run_goes_on_with_the_model_and_the_start_that_it_had(world: Path, tmp
 
     go_on(resume=False)
     assert TokenPruner.from_pretrained(tmp_path / "run" / "pruner").config.proportional
-    TokenPruner(shape).save_pretrained(start)
+    second.save_pretrained(start)
     with pytest.raises(ValueError, match="other settings of started_from; it cannot go on"):
         go_on(resume=True)
     lvlm.model.get_output_embeddings().weight.data *= 2

@@ -51,12 +51,24 @@ def test_what_the_choice_is_worth_is_told_as_the_cells_of_two_folders_say(
     assert told in " ".join((ROOT / "docs" / "results.md").read_text().split())
 
 
+def test_the_lead_over_6000_questions_is_told_as_the_cells_say() -> None:
+    docs = " ".join((ROOT / "docs" / "results.md").read_text().split())
+    cells = ROOT / "results" / "scenes-6000-64" / "cells"
+    others = [path for path in cells.glob("*-64.json") if path.stem != "tprl-64"]
+    leads = [script("paired_points").paired_points(path, cells / "tprl-64.json").partition(",")[0] for path in others]
+    assert len(leads) == 4
+    assert f"TPRL is ahead of the best other by {min(leads)}." in docs
+    assert all(float(lead.partition("(")[2].partition(" ")[0]) > 0 for lead in leads), "significant"
+
+
 def test_how_many_answers_change_is_told_as_the_cells_say() -> None:
     module, told = script("paired_points"), []
     for folder in ("scenes", "scenes-not-proportional"):
         cells = ROOT / "results" / folder / "cells"
         found = [module.paired_points(cells / f"tprl-{k}.json", cells / "unpruned.json") for k in (192, 128, 64, 32)]
         told.append([each.split(", ")[1].removesuffix(" of 2000 scores differ") for each in found])
+    readme = " ".join((ROOT / "README.md").read_text().split())
+    assert f"192 tokens: {told[0][0]} of 2000 in the place of {told[1][0]}" in readme
     own, without = [f"{', '.join(counts[:-1])} and {counts[-1]}" for counts in told]
     wanted = f"the scores of {own} of 2000 questions differ from those without pruning, without it {without}"
     assert wanted in " ".join((ROOT / "docs" / "results.md").read_text().split())

@@ -2,8 +2,7 @@
 
 Dropping tokens takes their share of the attention from what they show, such as the background, and hands it to all that
 is left. Attention proportional to sizes (ToMe, arXiv 2210.09461, section 3) gives it to the kept tokens that show the
-same: ``softmax(q k^T / sqrt(d) + log n)``. Ours, not TPRL's; ToMe counts tokens that were merged, whether or not they
-are alike.
+same: ``softmax(q k^T / sqrt(d) + log n)``. Ours, not TPRL's; ToMe counts the tokens that it merges into one, all alike.
 """
 
 import torch

@@ -10,6 +10,7 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from lvlm.tiny import NAMES, make
+from ragged import visual_tokens
 from tprl.commands.flops import flops
 from tprl.commands.train import PAPER
 from tprl.config import PrunerConfig, PrunerShape
@@ -18,13 +19,13 @@ from tprl.evaluate.flops import (
     encoded_tokens,
     kv_cache_mib,
     lvlm_flops,
-    module_flops,
     text_tokens_at,
 )
+from tprl.evaluate.methods import Method, count_choice
 from tprl.evaluate.presets import PRESETS, load_config
 from tprl.pruner import TokenPruner
 from tprl.selectors.in_model import FastV
-from tprl.types import VisualTokens
+from tprl.types import Selection, VisualTokens
 
 
 def llama(length: int, width: int, inner: int, layers: int, vocabulary: int) -> int:
@@ -199,29 +200,28 @@ def test_cache_of_llava_7b() -> None:
 
 
 class Attention(nn.Module):
-    """A transformer layer and a method that looks at the values of its mask."""
+    """Reads tokens by a transformer layer, as often as it is told."""
 
-    def __init__(self) -> None:
+    name, needs = "attention", frozenset[str]()
+
+    def __init__(self, times: int) -> None:
         super().__init__()
-        self.layer = nn.TransformerEncoderLayer(16, 4, 32, batch_first=True)
+        self.layer = nn.TransformerEncoderLayer(16, 4, 32, batch_first=True).eval()
+        self.times = times
 
-    def forward(self, states: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-        if not bool(mask.any()):
-            raise ValueError("nothing to see")
-        return self.layer(states, src_key_padding_mask=~mask)
-
-    def twice(self, states: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-        return self(self(states, mask), mask)
+    def select(self, visual: VisualTokens, budget: torch.Tensor) -> Selection:
+        states = visual.tokens
+        for _ in range(self.times):
+            states = self.layer(states, src_key_padding_mask=~visual.mask)
+        return Selection(visual.mask)
 
 
-def test_module_flops_counts_attention_too() -> None:
-    module = Attention()
-    states, mask = torch.zeros(2, 10, 16), torch.ones(2, 10, dtype=torch.bool)
-    expected = 2 * (4 * 2 * 10 * 16**2 + 2 * 2 * 10**2 * 16 + 2 * 2 * 10 * 16 * 32)
-    assert module_flops(module, states, mask) == expected
-    assert module_flops(module, states, mask, method="twice") == 2 * expected
-    assert not next(module.parameters()).is_meta
-    assert module.training
+def test_choosing_counts_attention_too() -> None:
+    visual = visual_tokens([10], [1], 16)
+    expected = 4 * 2 * 10 * 16**2 + 2 * 2 * 10**2 * 16 + 2 * 2 * 10 * 16 * 32
+    for times in (1, 2):
+        method = Method("attention", Attention(times), 5)
+        assert count_choice(method, visual, lambda _: None) == times * expected
 
 
 @pytest.mark.parametrize("shape", [PrunerShape(), PAPER.pruner], ids=["default", "paper"])
@@ -232,7 +232,8 @@ def test_the_pruner_costs_little_beside_llava_7b(shape: PrunerShape) -> None:
         torch.zeros(1, 576, 4096), torch.ones(1, 576).bool(), torch.zeros(1, 576, 2),
         torch.zeros(1, 32, 4096), torch.ones(1, 32).bool(),
     )  # fmt: skip
-    cost = module_flops(TokenPruner(config), visual, method="keep_probs")
+    pruner = TokenPruner(config).eval()
+    cost = count_choice(Method(pruner.name, pruner, 192), visual, lambda _: None)
     encoder = 2 * 576 * config.autoencoder_hidden * (4096 + config.latent)
     assert encoder < cost < 0.003 * lvlm_flops(load_config("llava-1.5-7b"), 576, 64).total
 

@@ -1,6 +1,7 @@
 """Answers scored in packed rows against the model itself, pruned by ``tprl.prune``, one question at a time."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -169,8 +170,9 @@ def test_greedy_answers_are_those_of_generate(encoded: EncodedSamples) -> None:
         masks[row, : len(keep[sample.image_id])] = keep[sample.image_id]
         sizes[row, : len(keep[sample.image_id])] = told[sample.image_id]
     prompts = [encoded.block(i).ids[: encoded.block(i).answer_start] for i in indices]
-    answers = encoded.scorer.generate(encoded.prefix(indices), visual.tokens, masks, prompts, -1, 4, sizes=sizes)
-    assert answers != encoded.scorer.generate(encoded.prefix(indices), visual.tokens, masks, prompts, -1, 4)
+    prefix = encoded.prefix(indices)
+    answers = encoded.scorer.generate(replace(prefix, sizes=sizes), visual.tokens, masks, prompts, -1, 4)
+    assert answers != encoded.scorer.generate(prefix, visual.tokens, masks, prompts, -1, 4)
     for index, sample in enumerate(encoded.samples):
         inputs = prompt_inputs(encoded.lvlm, encoded.source, sample)
         given = Given(keep[sample.image_id], told[sample.image_id])

@@ -194,10 +194,9 @@ def test_prefill_equals_the_masked_model(selector: Norms, name: str, mode: str, 
     assert gap(*aligned(logits, reference(tiny, inputs, torch.zeros_like(hidden), bias=bias), pruning)) > FAR
     if isinstance(selector, Sized):
         assert gap(*aligned(logits, reference(tiny, inputs, hidden), pruning)) > FAR
-        return
-    with prune(tiny.model, Norms(), keep_ratio=0.4, positions="compact") as pruning:
+    with prune(tiny.model, selector, keep_ratio=0.4, positions="compact") as pruning:
         compact = tiny.model(**inputs).logits
-    assert gap(*aligned(compact, reference(tiny, inputs, hidden), pruning)) > FAR
+    assert gap(*aligned(compact, reference(tiny, inputs, hidden, bias=bias), pruning)) > FAR
     with prune(tiny.model, Reversed(), keep_ratio=0.4) as pruning:
         disordered = tiny.model(**inputs).logits
     assert gap(*aligned(disordered, reference(tiny, inputs, hidden), pruning)) > FAR
@@ -238,8 +237,7 @@ def test_decoding_equals_the_masked_model(selector: Norms, name: str, mode: str)
     if isinstance(selector, Sized):
         unsized = reference(tiny, inputs, hidden, tokens[:, :-1])[:, start:].float()
         assert (logits - unsized).abs().amax((0, 2)).min() > FAR
-        return
-    with prune(tiny.model, Norms(), keep_ratio=0.4, positions="compact"):
+    with prune(tiny.model, selector, keep_ratio=0.4, positions="compact"):
         _, compact = generated(tiny, inputs)
     assert gap(compact[:, 0], expected[:, 0]) > FAR
 

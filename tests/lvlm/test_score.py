@@ -1,5 +1,7 @@
 """The batched answer scorer against one plain forward pass or one ``generate`` a question."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import Tensor
@@ -108,7 +110,7 @@ def test_a_token_of_size_n_is_n_copies_of_it(
     """Copies at one position that all see each other and are seen by whatever sees one of them."""
     sizes = torch.randint(1, 5, keep.shape, generator=torch.Generator().manual_seed(2))
     rows = [[block(lvlm, row)] for row in range(6)]
-    scores = scorer.score(prefix, tokens, keep, rows, sizes=sizes.float())
+    scores = scorer.score(replace(prefix, sizes=sizes.float()), tokens, keep, rows)
     for row, (part,) in enumerate(rows):
         embeds, positions = alone(scorer, before, tokens[row], keep[row], part.ids)
         copies = torch.cat([torch.ones(len(before)), sizes[row, keep[row]], torch.ones(len(part.ids))]).long()

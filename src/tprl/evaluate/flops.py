@@ -8,7 +8,6 @@ although half of a causal score matrix, and all of it outside a sliding window, 
 
 import json
 from collections.abc import Mapping, Sequence
-from copy import deepcopy
 from dataclasses import dataclass
 from functools import lru_cache
 from math import isqrt, prod
@@ -16,7 +15,7 @@ from statistics import fmean
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
@@ -145,20 +144,6 @@ def kv_cache_mib(config: PreTrainedConfig, tokens: float, dtype_bytes: int) -> f
     """MiB of the keys and values of ``tokens`` tokens (or their mean over layers or samples) in all layers, all of
     them cached, also where a layer needs only a sliding window."""
     return _language(_key(config)).cached * tokens * dtype_bytes / 2**20
-
-
-def module_flops(module: nn.Module, *args: Any, method: str = "forward", **kwargs: Any) -> int:
-    """FLOPs of calling a method of ``module``, counted on a copy without weights.
-
-    Args:
-        args: the method's arguments, real tensors on the CPU; only their shapes and what shapes depend on matter.
-        method: name of the method that is called.
-
-    Example:
-        >>> module_flops(pruner, visual, method="keep_probs")
-    """
-    copy = deepcopy(module).to("meta").eval()
-    return _count(getattr(copy, method), *args, **kwargs)[1].get_total_flops()
 
 
 # --- counting ------------------------------------------------------------------------------------------------

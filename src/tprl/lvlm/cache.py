@@ -7,7 +7,7 @@ processor, the pictures' names and versions and the first one's pixels, so where
 import hashlib
 import json
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, cast
@@ -178,8 +178,8 @@ class EncodedSamples:
         blocks = [[self.block(indices[place]) for place in places] for places in rows]
         looked_at = torch.tensor([given[place] for place in first], dtype=torch.int64)
         prefix = self.prefix([indices[place] for place in first], tokens.shape[1] > 0)
-        own = None if sizes is None else sizes[first]
-        scores = self.scorer.score(prefix, tokens, keep_mask[first], blocks, within, looked_at, own)
+        prefix = replace(prefix, sizes=None if sizes is None else sizes[first])
+        scores = self.scorer.score(prefix, tokens, keep_mask[first], blocks, within, looked_at)
         back = torch.tensor([place for places in rows for place in places], dtype=torch.int64).argsort()
         return AnswerScores(scores.log_prob[back], scores.correct[back])
 
@@ -234,9 +234,8 @@ class EncodedSamples:
             sizes: ``(B, N)`` of the kept tokens.
         """
         prompts = [block.ids[: block.answer_start] for block in map(self.block, indices)]
-        prefix = self.prefix(indices, tokens.shape[1] > 0)
-        end = self.lvlm.prompts.end_id
-        ids = self.scorer.generate(prefix, tokens, keep_mask, prompts, end, ANSWER_LIMIT, within, sizes)
+        prefix = replace(self.prefix(indices, tokens.shape[1] > 0), sizes=sizes)
+        ids = self.scorer.generate(prefix, tokens, keep_mask, prompts, self.lvlm.prompts.end_id, ANSWER_LIMIT, within)
         tokenizer = cast(Any, self.lvlm.processor).tokenizer
         return [tokenizer.decode(answer, skip_special_tokens=True) for answer in ids]
 

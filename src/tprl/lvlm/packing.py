@@ -35,6 +35,7 @@ class Prefix:
         real: bool ``(B, M)``, False at padding, which is on the right.
         positions: int64 ``(P, B, M)``; ``P`` is 3 where a family's positions are two-dimensional (M-RoPE), else 1.
         deep: ``(B, N, K, D)``, what is added to the visual tokens after each of the first ``K`` decoder layers.
+        sizes: float32 ``(B, N)``, how many each visual token is attended to as, see ``tprl.types.Selection``.
     """
 
     ids: Tensor
@@ -42,10 +43,12 @@ class Prefix:
     real: Tensor
     positions: Tensor
     deep: Tensor | None = None
+    sizes: Tensor | None = None
 
     def __getitem__(self, rows: Sequence[int]) -> "Prefix":
         deep = None if self.deep is None else self.deep[rows]
-        return Prefix(self.ids[rows], self.visual[rows], self.real[rows], self.positions[:, rows], deep)
+        sizes = None if self.sizes is None else self.sizes[rows]
+        return Prefix(self.ids[rows], self.visual[rows], self.real[rows], self.positions[:, rows], deep, sizes)
 
     def opening(self) -> tuple[int, ...]:
         """The tokens of text that all rows begin with."""
@@ -74,6 +77,7 @@ class Packed:
         owners: int64 ``(B, L)``, where ``targets`` is set the number of the question in reading order, else -1.
         visual: bool ``(B, L)``, True where a visual token stands.
         start: int64 ``(B,)`` on the CPU, where the first block of every row begins.
+        bias: float32 ``(B, L)``, logarithms of the sizes of visual tokens, 0 at others; None where there are none.
     """
 
     ids: Tensor
@@ -84,17 +88,11 @@ class Packed:
     owners: Tensor
     visual: Tensor
     start: Tensor
-
-    def bias(self, sizes: Tensor | None) -> Tensor | None:
-        """What makes attention proportional to the ``sizes (K,)`` of all rows' visual tokens in reading order: their
-        logarithms, 0 at other tokens, float32 ``(B, L)``."""
-        if sizes is None:
-            return None
-        return torch.zeros(self.visual.shape, device=sizes.device).masked_scatter(self.visual, sizes.log())
+    bias: Tensor | None = None
 
     def to(self, device: torch.device) -> "Packed":
         tensors = {field.name: getattr(self, field.name) for field in fields(self) if field.name != "start"}
-        return replace(self, **{name: tensor.to(device) for name, tensor in tensors.items()})
+        return replace(self, **{name: tensor.to(device) for name, tensor in tensors.items() if tensor is not None})
 
 
 def make_prefix(
@@ -188,4 +186,7 @@ def pack(prefix: Prefix, keep_mask: Tensor, rows: Sequence[Sequence[Block]], bot
     if both_ways != "nothing":
         together = visual if both_ways == "pictures" else prompt
         mask |= together[:, :, None] & together[:, None, :]
-    return Packed(ids, positions, places, mask[:, None], targets, owners, visual, start)
+    bias = None
+    if prefix.sizes is not None:
+        bias = torch.zeros(shape).masked_scatter(visual, prefix.sizes.cpu()[keep_mask].log())
+    return Packed(ids, positions, places, mask[:, None], targets, owners, visual, start, bias)

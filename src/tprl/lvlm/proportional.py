@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
-from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, sdpa_mask
 
 ATTENTIONS = ("sdpa", "eager")
 """Implementations of attention that take masks of numbers."""
@@ -34,14 +34,21 @@ def proportional(bias: Bias) -> Iterator[None]:
         _bias.reset(token)
 
 
+def additive(mask: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """A mask, bool ``(B, 1, Q, K)``, as numbers that are added to the logits of attention, with ``bias (B, K)`` where
+    a key may be looked at."""
+    values = mask.new_zeros(1, dtype=dtype) if bias is None else bias[:, None, None].to(mask.device, dtype)
+    return values.expand(mask.shape).masked_fill(~mask, torch.finfo(dtype).min)
+
+
 def check_attention(model: PreTrainedModel) -> None:
     """Raise ValueError unless the attention of the language model can be made proportional."""
     attention = model.config.get_text_config()._attn_implementation
     if attention not in ATTENTIONS:
         raise ValueError(
             f"the pruner wants attention in proportion to what kept tokens stand for, which {attention!r} cannot give; "
-            f"load the model with attn_implementation={ATTENTIONS[0]!r}, or do without it by `pruner.config = "
-            "dataclasses.replace(pruner.config, proportional=False)`"
+            f"load the model with attn_implementation={ATTENTIONS[0]!r}, or do without it, a TokenPruner by "
+            "`pruner.config = dataclasses.replace(pruner.config, proportional=False)`"
         )
 
 
@@ -57,12 +64,10 @@ def _biased(make: Callable[..., Tensor | None]) -> Callable[..., Tensor | None]:
         bias = _bias.get()()
         if bias is None:
             return make(*args, **kwargs)
-        mask = make(*args, **{**kwargs, "allow_is_causal_skip": False, "allow_is_bidirectional_skip": False})
+        mask = sdpa_mask(*args, **{**kwargs, "allow_is_causal_skip": False, "allow_is_bidirectional_skip": False})
         assert mask is not None
-        seen = mask if mask.dtype == torch.bool else mask == 0
-        first, dtype = int(kwargs["kv_offset"]), kwargs["dtype"]
-        end = first + mask.shape[-1]
-        own = nn.functional.pad(bias, (0, max(0, end - bias.shape[1])))[:, None, None, first:end]
-        return own.to(mask.device, dtype).expand(mask.shape).masked_fill(~seen, torch.finfo(dtype).min)
+        first, end = int(kwargs["kv_offset"]), int(kwargs["kv_offset"]) + mask.shape[-1]
+        own = nn.functional.pad(bias, (0, max(0, end - bias.shape[1])))[:, first:end]
+        return additive(mask, own, kwargs["dtype"])
 
     return masks

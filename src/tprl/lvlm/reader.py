@@ -11,6 +11,7 @@ from transformers import DynamicCache, PreTrainedModel
 from tprl.lvlm.cut import Positions
 from tprl.lvlm.families import BothWays
 from tprl.lvlm.packing import Block, Packed, Prefix, pack
+from tprl.lvlm.proportional import ATTENTIONS, additive
 
 
 class Opening(DynamicCache):
@@ -43,22 +44,17 @@ class RowReader:
 
     def __init__(self, language: PreTrainedModel, both_ways: BothWays) -> None:
         attention = language.config._attn_implementation
-        if attention not in ("sdpa", "eager"):
+        if attention not in ATTENTIONS:
             raise ValueError(f"answers are scored with the attention 'sdpa' or 'eager', got {attention!r}")
         self.language, self.both_ways = language, both_ways
         self.positions: Positions = "original"
         self._opening: tuple[tuple[int, ...], Opening] | None = None
 
     def prepare(
-        self,
-        prefix: Prefix,
-        kept: Tensor,
-        keep_mask: Tensor,
-        rows: Sequence[Sequence[Block]],
-        sizes: Tensor | None = None,
+        self, prefix: Prefix, kept: Tensor, keep_mask: Tensor, rows: Sequence[Sequence[Block]]
     ) -> tuple[Packed, dict[str, Any]]:
         """The rows as a batch, and what the decoder is to be called with; ``kept (K, D)`` are the kept tokens of all
-        rows in reading order, and ``sizes (K,)`` theirs, see ``tprl.types.Selection``."""
+        rows in reading order."""
         packed = pack(prefix, keep_mask.cpu(), rows, self.both_ways).to(self.language.device)
         if self.positions == "compact":
             if len(packed.positions) > 1:
@@ -69,7 +65,7 @@ class RowReader:
         inputs = {
             "inputs_embeds": embeds,
             "position_ids": position_rows(packed.positions),
-            "attention_mask": self.masks(packed.mask, packed.places, packed.places, packed.bias(sizes)),
+            "attention_mask": self.masks(packed.mask, packed.places, packed.places, packed.bias),
         }
         if prefix.deep is not None:
             shown = keep_mask[:, : prefix.deep.shape[1]]  # as wide as the longest picture of these rows alone
@@ -127,11 +123,7 @@ class RowReader:
         """A mask as the attention implementation takes it."""
         if bias is None and self.language.config._attn_implementation == "sdpa":
             return mask
-        dtype = self.language.dtype
-        values = torch.zeros(mask.shape, dtype=dtype, device=mask.device)
-        if bias is not None:
-            values += bias[:, None, None].to(values)
-        return values.masked_fill(~mask, torch.finfo(dtype).min)
+        return additive(mask, bias, self.language.dtype)
 
 
 def position_rows(positions: Tensor) -> Tensor:

@@ -75,7 +75,6 @@ class AnswerScorer:
         rows: Sequence[Sequence[Block]],
         within: Within | None = None,
         pictures: Tensor | None = None,
-        sizes: Tensor | None = None,
     ) -> AnswerScores:
         """Score every block of every row, in reading order.
 
@@ -86,7 +85,6 @@ class AnswerScorer:
             rows: the questions about each row's kept tokens, each with its answer.
             within: drops more of them inside the language model; then a row holds one question.
             pictures: int64 ``(B,)``, the picture of each row; each has its own where None.
-            sizes: ``(B, N)`` of the kept tokens, see ``tprl.types.Selection``.
 
         Raises:
             ValueError: ``within`` is given and a row holds several questions.
@@ -103,8 +101,7 @@ class AnswerScorer:
         for chosen in self.passes.group(_lengths(before, rows)):
             source = [given[i] for i in chosen]
             kept = _kept(tokens, pictures[source], keep_mask[source])
-            own = None if sizes is None else sizes[source][keep_mask[source]]
-            scores = self._pass(prefix[source], kept, keep_mask[source], [rows[i] for i in chosen], within, own)
+            scores = self._pass(prefix[source], kept, keep_mask[source], [rows[i] for i in chosen], within)
             at = torch.cat([torch.arange(int(firsts[i]), int(firsts[i + 1])) for i in chosen])
             log_prob[at], correct[at] = scores.log_prob, scores.correct
         return AnswerScores(log_prob, correct)
@@ -119,7 +116,6 @@ class AnswerScorer:
         end: int,
         limit: int,
         within: Within | None = None,
-        sizes: Tensor | None = None,
     ) -> list[list[int]]:
         """Greedy answers, ``limit`` tokens at most, without the ``end`` token that closes them.
 
@@ -129,15 +125,13 @@ class AnswerScorer:
             keep_mask: bool ``(B, N)``.
             prompts: token ids after the picture, up to where the answer begins.
             within: drops more visual tokens inside the language model.
-            sizes: ``(B, N)`` of the kept tokens.
         """
         answers: list[list[int]] = [[] for _ in prompts]
         rows = [[Block(prompt, len(prompt))] for prompt in prompts]
         for chosen in self.passes.group(_lengths(prefix.shown(keep_mask.cpu()).sum(1), rows)):
             chosen_rows = [rows[i] for i in chosen]
             kept = _kept(tokens, torch.tensor(chosen), keep_mask[chosen])
-            own = None if sizes is None else sizes[chosen][keep_mask[chosen]]
-            texts = self._greedy(prefix[chosen], kept, keep_mask[chosen], chosen_rows, end, limit, within, own)
+            texts = self._greedy(prefix[chosen], kept, keep_mask[chosen], chosen_rows, end, limit, within)
             for i, answer in zip(chosen, texts, strict=True):
                 answers[i] = answer[: answer.index(end)] if end in answer else answer
         return answers
@@ -163,9 +157,8 @@ class AnswerScorer:
         keep_mask: Tensor,
         rows: Sequence[Sequence[Block]],
         within: Within | None,
-        sizes: Tensor | None,
     ) -> AnswerScores:
-        packed, inputs = self.reader.prepare(prefix, kept, keep_mask, rows, sizes)
+        packed, inputs = self.reader.prepare(prefix, kept, keep_mask, rows)
         skipped, inputs = (0, inputs) if within else self.reader.after_opening(prefix, inputs)
         with self._dropping(within, packed, rows):
             hidden = self.language(**inputs, use_cache=skipped > 0).last_hidden_state
@@ -187,17 +180,15 @@ class AnswerScorer:
         end: int,
         limit: int,
         within: Within | None,
-        sizes: Tensor | None,
     ) -> list[list[int]]:
-        packed, inputs = self.reader.prepare(prefix, kept, keep_mask, rows, sizes)
-        bias = packed.bias(sizes)
+        packed, inputs = self.reader.prepare(prefix, kept, keep_mask, rows)
         device = packed.ids.device
         row = torch.arange(len(rows), device=device)
         last = (packed.start + torch.tensor([len(blocks[0].ids) - 1 for blocks in rows])).to(device)
         cache = DynamicCache()
         with self._dropping(within, packed, rows):
             hidden = self.language(**inputs, past_key_values=cache, use_cache=True).last_hidden_state
-            visible, places = packed.mask[row, 0, last], packed.places
+            visible, places, bias = packed.mask[row, 0, last], packed.places, packed.bias
             position, place = packed.positions[:, row, last], packed.places[row, last]
             chosen = self.head(hidden[row, last]).argmax(1)
             answers, ended = [chosen], chosen == end
